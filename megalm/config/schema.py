@@ -1,0 +1,205 @@
+"""The run's configuration: what each section of RUN.toml may hold.
+
+Plugins own their settings: ``train.objective = "mlm"`` chooses one, ``[objective.mlm]`` configures it, and the plugin's
+own model validates that table. The same holds for optimizers, lr_schedules and callbacks. ``[model]`` starts from the
+defaults of ``model.architecture`` (a plugin record), which any key given here overrides.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megalm.config.settings import Settings
+
+Precision = Literal["float32", "bfloat16", "float64"]
+
+
+class RunConfig(Settings):
+    """Where the run lives and what seeds it."""
+
+    dir: str
+    """Folder of the run: configuration, metrics, checkpoints, summary and report. Relative to the working directory."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seeds every draw of the run by address: initial weights, sample order, masking, dropout."""
+    allow_changed_config: bool = False
+    """Go on in a run folder that was started with another configuration."""
+
+
+class LaunchConfig(Settings):
+    """How the processes run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes CUDA (with NCCL) where it is available, else the CPU (with gloo)."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads a rank. ``auto`` divides the cores among this host's ranks. Equal hashes need equal threads."""
+    collective_timeout: float = Field(default=600.0, gt=0)
+    """Seconds after which a collective that has not completed ends the job."""
+
+
+class ParallelConfig(Settings):
+    """The layout: how many ranks share each axis."""
+
+    tp: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks."""
+    sp: bool = False
+    """Megatron's sequence parallelism: norm and dropout regions are sharded over tokens on the tensor-parallel axis."""
+    dp: int | None = Field(default=None, ge=1)
+    """Data-parallel ranks. Default: all that ``tp`` leaves."""
+
+
+class ModelConfig(Settings):
+    """One transformer backbone; ``architecture`` names the defaults (gpt2, llama, bert, or a plugin's)."""
+
+    architecture: str
+    """Component of kind ``architectures`` that supplies the defaults of this section."""
+    layers: int = Field(ge=1)
+    """Transformer layers."""
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    heads: int = Field(ge=1)
+    """Query heads."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads (grouped-query attention); default: as many as ``heads``, which they must divide."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Features of a head; default: hidden_size / heads."""
+    ffn_size: int | None = Field(default=None, ge=1)
+    """Inner width of the MLP; default: 4 * hidden_size, or for a gated MLP 8/3 * hidden_size rounded up to 64."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Rows of the embedding; default and least: the tokenizer's vocabulary."""
+    max_positions: int | None = Field(default=None, ge=1)
+    """Rows of the learned position embedding; default and least: train.sequence_length."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Kind of normalisation."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the variance inside the normalisation."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """Before each block (GPT) or after each residual addition (BERT)."""
+    embedding_norm: bool = False
+    """Normalise the sum of the embeddings (BERT)."""
+    final_norm: bool = True
+    """Normalise after the last layer."""
+    position: Literal["learned", "rope", "none"] = "learned"
+    """How positions enter."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
+    """Non-linearity of the MLP and of the MLM transform."""
+    gated: bool = False
+    """Gated MLP: activation(gate) * up (SwiGLU with silu, GeGLU with gelu)."""
+    qkv_bias: bool = True
+    """Bias of the query, key and value projections."""
+    attention_bias: bool = True
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = True
+    """Bias of the MLP's projections."""
+    tie_embeddings: bool = True
+    """The language-modelling head uses the token embedding's matrix."""
+    token_types: int = Field(default=0, ge=0)
+    """Rows of the token-type (segment) embedding; at least what the objective needs."""
+    lm_head_transform: bool = False
+    """Dense, activation and norm before the language-modelling head (BERT)."""
+    lm_head_bias: bool = False
+    """Bias of the language-modelling head, a value for each vocabulary row."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after the embeddings and after each block, drawn by address."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on attention probabilities, drawn by address; above 0 the reference attention is used."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    scaled_init: bool = True
+    """Divide init_std of the projections that write to the residual stream by sqrt(2 * layers) (GPT-2)."""
+
+
+class DataConfig(Settings):
+    """What to train and evaluate on."""
+
+    path: str
+    """Folder written by ``megalm data prepare``; its train and validation parts are used."""
+
+
+class TrainConfig(Settings):
+    """The training loop."""
+
+    objective: str
+    """Component of kind ``objectives``; ``a+b`` trains both on shared examples."""
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    sequence_length: int = Field(ge=2)
+    """Tokens of a row."""
+    global_batch: int = Field(ge=1)
+    """Rows of a step over all ranks; accumulation is derived: global_batch / (micro_batch * dp)."""
+    micro_batch: int = Field(ge=1)
+    """Rows of one forward and backward on one data-parallel rank."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    optimizer: str = "adamw"
+    """Component of kind ``optimizers``; settings in ``[optimizer.NAME]``."""
+    lr_schedule: str = "cosine"
+    """Component of kind ``lr_schedules``; settings in ``[lr_schedule.NAME]``."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    precision: Precision = "float32"
+    """Type of weights in forward and backward. bfloat16 keeps float32 master weights and gradients."""
+
+
+class EvalConfig(Settings):
+    """Evaluation on the validation part."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only after the last step."""
+    samples: int = Field(default=256, ge=1)
+    """Rows to evaluate on: the first of the validation part, or all where it has fewer."""
+
+
+class CheckpointConfig(Settings):
+    """Checkpoints and where to start from."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: int = Field(default=2, ge=1)
+    """Complete checkpoints to keep."""
+    load: str | None = None
+    """Start from this checkpoint folder. It must be whole; there is no fallback to an older one."""
+
+
+class LogConfig(Settings):
+    """What is shown and recorded."""
+
+    every: int = Field(default=1, ge=1)
+    """Steps between console lines. metrics.jsonl has every step."""
+    callbacks: list[str] = []
+    """Components of kind ``callbacks`` (tensorboard, wandb, ...); settings in ``[callback.NAME]``."""
+
+
+class SampleConfig(Settings):
+    """Text generated when training ends (causal models)."""
+
+    prompt: str = "\n"
+    """What to continue."""
+    tokens: int = Field(default=200, ge=0)
+    """Tokens to generate; 0: none."""
+    temperature: float = Field(default=0.8, ge=0)
+    """0 takes the likeliest token."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among the k likeliest tokens; 0: all."""
+
+
+class Config(Settings):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    launch: LaunchConfig = LaunchConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+    objective: dict[str, dict[str, Any]] = {}
+    optimizer: dict[str, dict[str, Any]] = {}
+    lr_schedule: dict[str, dict[str, Any]] = {}
+    callback: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,216 @@
+"""The objective contract: written once, it knows nothing of ranks.
+
+The engine asks an objective for examples and for *counts* (how many items each term scores, from data alone), sums the
+counts over every microbatch and rank of the step, scales each term by weight / count before backward, and from then on
+only adds. So an objective returns *sums*, never means, and the loss is the same under every layout.
+
+Everything that depends on the layout lives in the context that :meth:`Objective.loss` receives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from megalm.config.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from megalm.plugin.contract.tokenizer import Tokenizer
+
+Example = dict[str, Any]
+"""One row before collation; keys and values are the objective's own (numpy arrays, ints)."""
+Batch = dict[str, np.ndarray]
+"""A collated microbatch: the tensors declared in :class:`Needs`, as numpy arrays."""
+Attention = Literal["causal", "bidirectional"]
+Coupling = Literal["token", "example", "cell"]
+IGNORE = -100
+"""Label of a position that is not scored."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the batch: its dimensions by name, its type, and which pipeline stages read it.
+
+    Dimension names that the engine knows: ``batch`` (split over data-parallel ranks and microbatches) and ``seq`` (split
+    over context-parallel ranks). Others are kept whole.
+    """
+
+    dims: tuple[str, ...] = ("batch", "seq")
+    dtype: str = "int64"
+    to: Literal["first", "last", "all"] = "first"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A classifier over hidden vectors, owned by the engine: ``outputs`` logits, on BERT's pooler where ``pooled``."""
+
+    name: str
+    outputs: int
+    pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the backbone.
+
+    Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where a
+    position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary projection.
+    """
+
+    attention: Attention
+    tensors: Mapping[str, TensorSpec]
+    lm_head: bool = True
+    heads: tuple[HeadSpec, ...] = ()
+    token_types: int = 0
+    coupling: Coupling = "token"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss term of a microbatch: the *sum* over its scored items (a 0-d tensor).
+
+    Scope ``token``: the items are split over sequence shards; ``example``: they are whole rows, the same on each shard.
+    """
+
+    sum: torch.Tensor
+    scope: Literal["token", "example"] = "token"
+
+
+@dataclass(frozen=True)
+class ObjectiveEnv:
+    """What an objective may know of the run."""
+
+    tokenizer: Tokenizer
+    sequence_length: int
+
+
+class Corpus(Protocol):
+    """Read access to a tokenised corpus: a stream of documents, each ended by the tokenizer's end-of-document token
+    (where it has one), each a run of sentences. Positions are token offsets into the stream."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def num_sentences(self) -> int: ...
+
+    def stream(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, int64; IndexError outside of it."""
+        ...
+
+    def document(self, index: int) -> tuple[int, int]:
+        """Token range [start, stop) of a document, its end-of-document token included."""
+        ...
+
+    def document_sentences(self, index: int) -> tuple[int, int]:
+        """Range [first, last) of the numbers of a document's sentences; never empty."""
+        ...
+
+    def sentence(self, index: int) -> tuple[int, int]:
+        """Token range [start, stop) of a sentence, without the end-of-document token."""
+        ...
+
+    def document_at(self, position: int) -> int:
+        """Number of the document that holds a token position."""
+        ...
+
+    def sentence_at(self, position: int) -> int:
+        """Number of the sentence that holds a token position (an end-of-document token belongs to the last one)."""
+        ...
+
+
+class LossContext(Protocol):
+    """The only thing that communicates. Everything it returns is the same on every tensor-parallel rank.
+
+    ``hidden`` is the backbone's output for the microbatch, an opaque tensor: hand it to these functions only.
+    """
+
+    def lm_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy of the vocabulary for each scored position.
+
+        ``labels`` (batch, seq) int64, ``IGNORE`` where not scored. With ``where`` (batch, seq) bool, only those positions
+        go through the head. Returns a 1-d tensor of nats (0 at ignored labels), in row-major order of the positions.
+        """
+        ...
+
+    def pick(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """The hidden vector of one position of each row: (batch, hidden)."""
+        ...
+
+    def take(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden vectors at ``positions`` (batch, n) int64: (batch, n, hidden)."""
+        ...
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean over the positions where ``mask`` (batch, seq) is true: (batch, hidden)."""
+        ...
+
+    def full_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All hidden vectors: (batch, seq, hidden)."""
+        ...
+
+    def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Logits (..., outputs) of a head of :attr:`Needs.heads` for vectors (..., hidden) from the functions above."""
+        ...
+
+
+class Objective(ABC):
+    """A pretraining objective. Subclass, set ``Config``, and yield a ``Component`` from ``megalm_objectives``."""
+
+    Config: ClassVar[type[Settings]] = Settings
+    """Validated model of ``[objective.NAME]``."""
+    version: ClassVar[int] = 1
+    """Raise on any change of meaning; stored in checkpoints and compared on resume."""
+
+    def __init__(self, cfg: Any, env: ObjectiveEnv) -> None:
+        """Raise :class:`megalm.errors.ConfigError` for what the configuration cannot do with this tokenizer or length."""
+        self.cfg = cfg
+        self.env = env
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the backbone must provide."""
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each loss term in the total."""
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raise :class:`megalm.errors.DataError` where the corpus cannot serve (NSP needs two documents, say)."""
+
+    @abstractmethod
+    def num_samples(self, corpus: Corpus) -> int:
+        """Samples of one epoch; :meth:`build_example` takes numbers below it."""
+
+    @abstractmethod
+    def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        """One row. ``rng`` is addressed by (seed, objective, epoch, sample): draw from nothing else."""
+
+    def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
+        """For joint objectives: add to (or corrupt) the row that another objective built.
+
+        ``example`` holds at least ``tokens`` (seq,) and ``special`` (seq,) bool, true where a token is padding or a
+        special token that must stay. Objectives that can only build rows leave this out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} only builds rows")
+
+    @abstractmethod
+    def collate(self, examples: list[Example]) -> Batch:
+        """Stack rows. Labels are shifted HERE, never in the loss: a neighbour may live on another rank."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Items that each term scores in this batch, from data alone."""
+
+    @abstractmethod
+    def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
+        """Sums of each term over the batch."""

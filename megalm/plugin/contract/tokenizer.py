@@ -1,0 +1,78 @@
+"""The tokenizer contract: text to ids and back, and an identity that data and checkpoints carry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megalm.config.settings import Settings
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the special tokens that a tokenizer has; none where it lacks one."""
+
+    pad: int | None = None
+    eos: int | None = None
+    """Ends a document."""
+    bos: int | None = None
+    cls: int | None = None
+    sep: int | None = None
+    mask: int | None = None
+    unk: int | None = None
+
+    def ids(self) -> tuple[int, ...]:
+        """The ids that exist, ascending, without repeats."""
+        found = (self.pad, self.eos, self.bos, self.cls, self.sep, self.mask, self.unk)
+        return tuple(sorted({i for i in found if i is not None}))
+
+
+class Tokenizer(ABC):
+    """A tokenizer. Subclass it and yield a ``Component`` from ``megalm_tokenizers``."""
+
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings of :meth:`train`."""
+
+    @classmethod
+    @abstractmethod
+    def train(cls, texts: Iterable[str], cfg: Any) -> Tokenizer:
+        """Learn a tokenizer from texts. Same texts and settings give the same identity."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Load what :meth:`save` wrote, or a model file of the underlying library. TokenizerError where it cannot."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into an existing folder."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without added special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+
+    @property
+    @abstractmethod
+    def special(self) -> SpecialTokens:
+        """Ids of the special tokens."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Hex SHA-256 of everything that decides the ids. Stored with data and checkpoints; a mismatch is refused."""
+
+    def token(self, index: int) -> str:
+        """A printable form of one id, for ``megalm data inspect``."""
+        return self.decode([index])
