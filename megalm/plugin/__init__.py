@@ -1,0 +1,1 @@
+"""Plugins: hook specifications, the contracts that components follow, discovery and loading. Never imports torch."""

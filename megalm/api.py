@@ -1,0 +1,121 @@
+"""The public API for plugins: everything that a plugin may import from megalm, and nothing else is promised.
+
+Names are resolved on first use (PEP 562), so that ``import megalm.api`` costs next to nothing and never imports
+torch: a plugin's module is imported wherever plugins are listed. A test compares this surface with a snapshot; adding
+a name raises the minor of :data:`API_VERSION`, removing or changing one raises the major.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalm.config.settings import Settings
+    from megalm.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LayoutError,
+        MegalmError,
+        PluginError,
+        TokenizerError,
+        UsageError,
+    )
+    from megalm.plugin.component import Component, PluginInfo
+    from megalm.plugin.contract.callback import Callback, RunInfo
+    from megalm.plugin.contract.objective import (
+        IGNORE,
+        Batch,
+        Corpus,
+        Example,
+        HeadSpec,
+        LossContext,
+        Needs,
+        Objective,
+        ObjectiveEnv,
+        TensorSpec,
+        Term,
+    )
+    from megalm.plugin.contract.optim import Architecture, LRSchedule, OptimizerPlugin
+    from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
+    from megalm.plugin.hookspecs import API_VERSION, hookimpl
+
+_HOMES = {
+    "megalm.config.settings": ("Settings",),
+    "megalm.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "LayoutError",
+        "MegalmError",
+        "PluginError",
+        "TokenizerError",
+        "UsageError",
+    ),
+    "megalm.plugin.component": ("Component", "PluginInfo"),
+    "megalm.plugin.contract.callback": ("Callback", "RunInfo"),
+    "megalm.plugin.contract.objective": (
+        "IGNORE",
+        "Batch",
+        "Corpus",
+        "Example",
+        "HeadSpec",
+        "LossContext",
+        "Needs",
+        "Objective",
+        "ObjectiveEnv",
+        "TensorSpec",
+        "Term",
+    ),
+    "megalm.plugin.contract.optim": ("Architecture", "LRSchedule", "OptimizerPlugin"),
+    "megalm.plugin.contract.tokenizer": ("SpecialTokens", "Tokenizer"),
+    "megalm.plugin.hookspecs": ("API_VERSION", "hookimpl"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "API_VERSION",
+    "IGNORE",
+    "Architecture",
+    "Batch",
+    "Callback",
+    "CheckpointError",
+    "Component",
+    "ConfigError",
+    "Corpus",
+    "DataError",
+    "Example",
+    "HeadSpec",
+    "LRSchedule",
+    "LayoutError",
+    "LossContext",
+    "MegalmError",
+    "Needs",
+    "Objective",
+    "ObjectiveEnv",
+    "OptimizerPlugin",
+    "PluginError",
+    "PluginInfo",
+    "RunInfo",
+    "Settings",
+    "SpecialTokens",
+    "TensorSpec",
+    "Term",
+    "Tokenizer",
+    "TokenizerError",
+    "UsageError",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"megalm.api has no {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
