@@ -1,0 +1,68 @@
+"""The tensors of a training state under their logical names, as one rank holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megalm.errors import CheckpointError
+from megalm.optim.weights import Weights
+from megalm.parallel.layout import Piece, pieces
+
+STATE_SEPARATOR = "@"
+"""``layers.0.mlp.up.weight@exp_avg`` is the optimizer's state of that weight."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Views into live tensors: saving reads them, loading writes them."""
+
+    weights: list[Piece]
+    optimizer: list[Piece]
+    scalars: dict[str, float]
+
+
+def training_state(weights: Weights, optimizer: torch.optim.Optimizer | None) -> TrainingState:
+    """Describe a run's tensors. The optimizer must have taken a step (see :func:`allocate_optimizer_state`)."""
+    slots: list[Piece] = []
+    scalars: dict[str, float] = {}
+    if optimizer is not None:
+        for name, master in weights.masters.items():
+            for key, value in optimizer.state[master].items():
+                if value.dim() == 0:
+                    if scalars.setdefault(key, value.item()) != value.item():
+                        raise CheckpointError(f"the optimizer's {key} of {name} differs from that of other weights")
+                    continue
+                for piece in pieces(name, weights.layouts[name], value, weights.parallel.indices):
+                    named = f"{piece.name}{STATE_SEPARATOR}{key}"
+                    slots.append(Piece(named, piece.part, piece.local, piece.held, piece.owned))
+    return TrainingState(weights.pieces(), slots, scalars)
+
+
+def allocate_optimizer_state(weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer create its state without moving a weight, so that there is something to load into."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    decays = [group.get("weight_decay") for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0
+    for master in weights.masters.values():
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    weights.zero_grad()
+    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
+        group["lr"] = rate
+        if decay is not None:
+            group["weight_decay"] = decay
+
+
+def set_scalars(weights: Weights, optimizer: torch.optim.Optimizer, scalars: dict[str, float]) -> None:
+    """Overwrite the optimizer's 0-d state of every weight."""
+    for name, master in weights.masters.items():
+        for key, value in optimizer.state[master].items():
+            if value.dim() == 0:
+                if key not in scalars:
+                    raise CheckpointError(f"the checkpoint has no optimizer scalar {key!r} (needed for {name})")
+                value.fill_(scalars[key])

@@ -1,0 +1,114 @@
+"""One transformer backbone, causal or bidirectional, that configuration makes GPT-2-, LLaMA- or BERT-like.
+
+It is written for one rank: what the ranks exchange is inside the parallel layers. Activations between layers are tokens
+by features, (T, H), or (T / tp, H) under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megalm.model.spec import ModelSpec
+from megalm.nn.attention import Attention
+from megalm.nn.embedding import PositionEmbedding, TokenTypeEmbedding, VocabParallelEmbedding
+from megalm.nn.microbatch import Microbatch
+from megalm.nn.mlp import MLP
+from megalm.nn.norm import make_norm
+from megalm.parallel.layout import Init
+from megalm.parallel.mesh import ParallelContext
+
+
+class Embedding(nn.Module):
+    """Tokens, positions and token types, then norm and dropout as configured."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+        super().__init__()
+        c = spec.cfg
+        init = Init("normal", c.init_std)
+        self.p = c.dropout
+        self.tokens = VocabParallelEmbedding(parallel, spec.vocab_size, c.hidden_size, init)
+        learned = c.position == "learned"
+        self.positions = PositionEmbedding(parallel, spec.max_positions, c.hidden_size, init) if learned else None
+        self.types = TokenTypeEmbedding(parallel, spec.token_types, c.hidden_size, init) if spec.token_types else None
+        self.norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps) if c.embedding_norm else None
+
+    def forward(self, batch: Microbatch) -> torch.Tensor:
+        x_TH = self.tokens(batch.tensors["tokens"].reshape(-1))
+        if self.types is not None:
+            x_TH = self.types(x_TH, batch)
+        if self.positions is not None:
+            x_TH = self.positions(x_TH, batch)
+        if self.norm is not None:
+            x_TH = self.norm(x_TH)
+        return batch.dropout(x_TH, self.p, "embedding")
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each with a residual connection; norms before (GPT) or after (BERT)."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, number: int) -> None:
+        super().__init__()
+        c = spec.cfg
+        init = Init("normal", c.init_std)
+        out_init = Init("normal", c.init_std / math.sqrt(2 * c.layers) if c.scaled_init else c.init_std)
+        self.post = c.norm_placement == "post"
+        self.p = c.dropout
+        self.site = f"layers.{number}"
+        self.attention_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps)
+        self.attention = Attention(
+            parallel,
+            width=c.hidden_size,
+            heads=c.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            causal=spec.causal,
+            rope_theta=c.rope_theta if c.position == "rope" else None,
+            qkv_bias=c.qkv_bias,
+            out_bias=c.attention_bias,
+            dropout=c.attention_dropout,
+            site=f"{self.site}.attention.probabilities",
+            init=init,
+            out_init=out_init,
+        )
+        self.mlp_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps)
+        self.mlp = MLP(
+            parallel,
+            width=c.hidden_size,
+            inner=spec.ffn_size,
+            activation=c.activation,
+            gated=c.gated,
+            bias=c.mlp_bias,
+            init=init,
+            out_init=out_init,
+        )
+
+    def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
+        if self.post:
+            x_TH = x_TH + batch.dropout(self.attention(x_TH, batch), self.p, f"{self.site}.attention")
+            x_TH = self.attention_norm(x_TH)
+            x_TH = x_TH + batch.dropout(self.mlp(x_TH), self.p, f"{self.site}.mlp")
+            normed: torch.Tensor = self.mlp_norm(x_TH)
+            return normed
+        mixed = self.attention(self.attention_norm(x_TH), batch)
+        x_TH = x_TH + batch.dropout(mixed, self.p, f"{self.site}.attention")
+        return x_TH + batch.dropout(self.mlp(self.mlp_norm(x_TH)), self.p, f"{self.site}.mlp")
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: a microbatch to hidden vectors (T, H), or (T / tp, H) under SP."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+        super().__init__()
+        c = spec.cfg
+        self.embedding = Embedding(spec, parallel)
+        self.layers = nn.ModuleList(Layer(spec, parallel, number) for number in range(c.layers))
+        self.final_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps) if c.final_norm else None
+
+    def forward(self, batch: Microbatch) -> torch.Tensor:
+        x_TH: torch.Tensor = self.embedding(batch)
+        for layer in self.layers:
+            x_TH = layer(x_TH, batch)
+        return x_TH if self.final_norm is None else self.final_norm(x_TH)

@@ -1,0 +1,85 @@
+"""Backbone and heads together, and the context through which an objective's loss reaches them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megalm.model.backbone import Backbone
+from megalm.model.heads import Classifiers, LMHead
+from megalm.model.spec import ModelSpec
+from megalm.nn.microbatch import Microbatch
+from megalm.parallel.collectives import replicate_tokens
+from megalm.parallel.mesh import ParallelContext
+
+
+class LanguageModel(nn.Module):
+    """A backbone with the heads that the objective needs."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.spec = spec
+        self.parallel = parallel
+        with torch.device("meta"):
+            self.backbone = Backbone(spec, parallel)
+            self.lm_head = LMHead(spec, parallel) if spec.lm_head else None
+            self.classifiers = Classifiers(spec, parallel) if spec.heads else None
+
+    def forward(self, batch: Microbatch) -> torch.Tensor:
+        hidden: torch.Tensor = self.backbone(batch)
+        return hidden
+
+    def context(self, batch: Microbatch) -> ModelLossContext:
+        """The context for the loss of one microbatch."""
+        return ModelLossContext(self, batch)
+
+    def logits_at(self, batch: Microbatch, position: int) -> torch.Tensor:
+        """Whole logits (rows, V) of one position of each row; without gradients."""
+        if self.lm_head is None:
+            raise ValueError("this model has no language-modelling head")
+        picked = self.context(batch).pick(self(batch), position)
+        return self.lm_head.logits(picked, self.backbone.embedding.tokens)
+
+
+class ModelLossContext:
+    """:class:`megalm.plugin.contract.objective.LossContext` for one microbatch.
+
+    Whatever it returns is replicated over the tensor-parallel axis, and its adjoints rely on that: a loss computed from it
+    is the same on every rank of the axis, and so is the gradient that comes back.
+    """
+
+    def __init__(self, model: LanguageModel, batch: Microbatch) -> None:
+        self._model = model
+        self._batch = batch
+
+    def lm_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        head = self._model.lm_head
+        if head is None:
+            raise ValueError("lm_loss needs a vocabulary head; declare lm_head=True in Needs")
+        flat = None if where is None else where.reshape(-1)
+        return head.losses(hidden, labels.reshape(-1), flat, self._model.backbone.embedding.tokens)
+
+    def full_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        whole = replicate_tokens(hidden, self._model.parallel)
+        return whole.view(self._batch.rows, self._batch.length, -1)
+
+    def pick(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        return self.full_sequence(hidden)[:, position]
+
+    def take(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        whole = self.full_sequence(hidden)
+        return whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[-1]))
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        whole = self.full_sequence(hidden)
+        weight = mask.to(whole.dtype)[..., None]
+        return (whole * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+
+    def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        classifiers = self._model.classifiers
+        if classifiers is None or name not in classifiers.pooled:
+            raise KeyError(f"no head named {name!r}; declare it in Needs.heads")
+        out: torch.Tensor = classifiers(name, x)
+        return out

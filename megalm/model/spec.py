@@ -1,0 +1,131 @@
+"""The model as it will be built: configuration, tokenizer and objective put together, every size a number.
+
+All reasons why a layout does not fit are found here, before any process group exists, and reported together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalm.config.schema import Config, ModelConfig
+from megalm.errors import ConfigError
+from megalm.plugin.contract.objective import HeadSpec, Needs
+
+_GATED_ROUNDING = 64
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes of one backbone with its heads. ``cfg`` has the choices that need no resolving."""
+
+    cfg: ModelConfig
+    vocab_size: int
+    kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_positions: int
+    token_types: int
+    causal: bool
+    lm_head: bool
+    heads: tuple[HeadSpec, ...]
+
+    def parameter_count(self) -> int:
+        """Elements of all logical tensors."""
+        c, h = self.cfg, self.cfg.hidden_size
+        q, kv = c.heads * self.head_dim, self.kv_heads * self.head_dim
+        norm = 2 * h if c.norm == "layer_norm" else h
+        inner = (2 if c.gated else 1) * self.ffn_size
+        layer = h * (q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + q * h + c.attention_bias * h
+        layer += h * inner + self.ffn_size * h + c.mlp_bias * (inner + h) + 2 * norm
+        total = c.layers * layer + self.vocab_size * h
+        total += self.max_positions * h if c.position == "learned" else 0
+        total += self.token_types * h + c.embedding_norm * norm + c.final_norm * norm
+        if self.lm_head:
+            total += (not c.tie_embeddings) * self.vocab_size * h + c.lm_head_bias * self.vocab_size
+            total += c.lm_head_transform * (h * h + h + norm)
+        total += any(head.pooled for head in self.heads) * (h * h + h)
+        return total + sum(head.outputs * (h + 1) for head in self.heads)
+
+
+def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
+    """Put configuration, the objective's needs and the tokenizer's vocabulary together.
+
+    Raises ConfigError with every contradiction found.
+    """
+    c, problems = config.model, []
+    kv_heads = c.kv_heads or c.heads
+    if c.heads % kv_heads:
+        problems.append(f"model.kv_heads = {kv_heads} must divide model.heads = {c.heads}")
+    if c.head_dim is None and c.hidden_size % c.heads:
+        problems.append(
+            f"model.hidden_size = {c.hidden_size} is not a multiple of model.heads = {c.heads}; "
+            "choose other sizes or give model.head_dim"
+        )
+    head_dim = c.head_dim or c.hidden_size // c.heads or 1
+    if c.position == "rope" and head_dim % 2:
+        problems.append(f"rotary positions need an even head size, found {head_dim}; change model.head_dim")
+    if c.ffn_size is not None:
+        ffn = c.ffn_size
+    elif c.gated:
+        ffn = -(-(8 * c.hidden_size) // (3 * _GATED_ROUNDING)) * _GATED_ROUNDING
+    else:
+        ffn = 4 * c.hidden_size
+    vocab = c.vocab_size or vocab_size
+    if vocab < vocab_size:
+        problems.append(f"model.vocab_size = {vocab} is smaller than the tokenizer's {vocab_size}")
+    positions = c.max_positions or config.train.sequence_length
+    if c.position == "learned" and positions < config.train.sequence_length:
+        problems.append(
+            f"model.max_positions = {positions} is less than train.sequence_length = {config.train.sequence_length}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return ModelSpec(
+        cfg=c,
+        vocab_size=vocab,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_size=ffn,
+        max_positions=positions,
+        token_types=max(c.token_types, needs.token_types),
+        causal=needs.attention == "causal",
+        lm_head=needs.lm_head,
+        heads=needs.heads,
+    )
+
+
+def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[str]:
+    """Why this layout cannot run; empty where it can."""
+    problems = []
+    t, p = config.train, config.parallel
+    if world_size % p.tp:
+        problems.append(
+            f"parallel.tp = {p.tp} does not divide the {world_size} rank(s) of this launch; "
+            f"start a multiple of {p.tp} ranks or choose tp among the divisors of {world_size}"
+        )
+        return problems
+    dp = world_size // p.tp
+    if p.dp is not None and p.dp != dp:
+        problems.append(
+            f"parallel.tp = {p.tp} times parallel.dp = {p.dp} is {p.tp * p.dp} ranks, but the launch has {world_size}; "
+            f"leave dp out to use {dp}"
+        )
+        dp = p.dp
+    if t.global_batch % (t.micro_batch * dp):
+        problems.append(
+            f"train.global_batch = {t.global_batch} is not a multiple of train.micro_batch * dp = "
+            f"{t.micro_batch} * {dp} = {t.micro_batch * dp}"
+        )
+    for name, size in (
+        ("model.heads", spec.cfg.heads),
+        ("the MLP's inner size (model.ffn_size)", spec.ffn_size),
+        ("the vocabulary (model.vocab_size)", spec.vocab_size),
+    ):
+        if size < p.tp:
+            problems.append(f"parallel.tp = {p.tp} is more than {name} = {size}: some ranks would hold nothing")
+    if p.sp and p.tp > 1 and (t.micro_batch * t.sequence_length) % p.tp:
+        problems.append(
+            f"parallel.sp shards the {t.micro_batch} * {t.sequence_length} tokens of a microbatch over "
+            f"parallel.tp = {p.tp}, which does not divide them; change train.sequence_length or train.micro_batch"
+        )
+    return problems

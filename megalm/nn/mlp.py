@@ -1,0 +1,46 @@
+"""The transformer's MLP, its inner features divided over the tensor-parallel axis; plain or gated."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
+from megalm.ops.activation import ACTIVATIONS
+from megalm.parallel.layout import Init, even_ranges
+from megalm.parallel.mesh import ParallelContext
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or gated down(activation(gate(x)) * up(x)): (T or T / tp, H) to the same."""
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        *,
+        width: int,
+        inner: int,
+        activation: str,
+        gated: bool,
+        bias: bool,
+        init: Init,
+        out_init: Init,
+    ) -> None:
+        super().__init__()
+        ranges = even_ranges(inner, parallel.tp.size)
+        self.activation = ACTIVATIONS[activation]
+        self.gated = gated
+        names = ("gate", "up") if gated else ("up",)
+        projections = tuple(Projection(inner, ranges, name) for name in names)
+        self.up = ColumnParallelLinear(parallel, width, projections, bias=bias, init=init)
+        self.down = RowParallelLinear(parallel, inner, ranges, width, bias=bias, init=out_init)
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        inner = self.up(x_TH)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(inner)
+        out: torch.Tensor = self.down(inner)
+        return out

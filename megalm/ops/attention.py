@@ -1,0 +1,58 @@
+"""Attention over whole rows: torch's fused kernels, and a reference that drops probabilities by address.
+
+SDPA draws its dropout from the generator's stream, which depends on the layout; so with attention dropout the reference
+runs instead, its mask addressed by (slot, view, query position) with (head, key) as the feature.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from megalm.ops.dropout import DropoutAddress, dropout
+
+
+def attention(
+    q_BNSD: torch.Tensor,
+    k_BNSD: torch.Tensor,
+    v_BNSD: torch.Tensor,
+    *,
+    causal: bool,
+    mask_BS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v, with as many key/value heads as query heads: (batch, heads, seq, head_dim).
+
+    ``mask_BS`` is true at keys that may be attended to; with ``causal`` it must be none.
+    """
+    mask = None if mask_BS is None else mask_BS[:, None, None, :]
+    return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=mask, is_causal=causal)
+
+
+def attention_with_dropout(
+    q_BNSD: torch.Tensor,
+    k_BNSD: torch.Tensor,
+    v_BNSD: torch.Tensor,
+    *,
+    causal: bool,
+    mask_BS: torch.Tensor | None,
+    p: float,
+    address: DropoutAddress,
+    site: str,
+    first_head: int,
+) -> torch.Tensor:
+    """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
+    batch, heads, length, dim = q_BNSD.shape
+    scores = (q_BNSD @ k_BNSD.transpose(-1, -2)) / math.sqrt(dim)
+    if causal:
+        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    if mask_BS is not None:
+        scores = scores.masked_fill(~mask_BS[:, None, None, :], -math.inf)
+    probabilities = scores.softmax(dim=-1)
+    dropped = [
+        dropout(probabilities[:, h].reshape(batch * length, length), p, address, f"{site}.head{first_head + h}")
+        for h in range(heads)
+    ]
+    return torch.stack([d.view(batch, length, length) for d in dropped], dim=1) @ v_BNSD

@@ -1,0 +1,75 @@
+"""From each rank's gradients to the step's: sums, the exact global norm, clipping.
+
+The loss was scaled before backward, so everything here is a sum. What is summed where follows from the layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from megalm.optim.weights import Weights
+from megalm.parallel.comm import Group
+from megalm.parallel.layout import sum_overlaps
+
+_BUCKET_ELEMENTS = 8 << 20
+
+
+def finish_gradients(weights: Weights) -> None:
+    """Sum gradients over the axes on which each rank has a part: partial ones, shared rows, then data-parallel ranks."""
+    parallel = weights.parallel
+    groups = {"tp": parallel.tp, "dp": parallel.dp}
+    gradients = {name: weights.gradient(name) for name in weights.masters}
+    for axis, group in groups.items():
+        all_reduce_coalesced((g for name, g in gradients.items() if axis in weights.layouts[name].partial), group)
+    sum_overlaps(weights.gradient_pieces(), groups)
+    all_reduce_coalesced(gradients.values(), parallel.dp)
+
+
+def all_reduce_coalesced(tensors: Iterable[torch.Tensor], group: Group) -> None:
+    """Sum tensors of one dtype in place over the group, in few large messages."""
+    if group.size == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = group.all_reduce(torch.cat([t.reshape(-1) for t in bucket]))
+        for tensor, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        elements += tensor.numel()
+        if elements >= _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+    if bucket:
+        yield bucket
+
+
+def global_norm(weights: Weights) -> torch.Tensor:
+    """The 2-norm of the whole gradient, every logical element counted once: float64, 0-d, the same on every rank."""
+    norms = []
+    for piece in weights.gradient_pieces():
+        # Data-parallel ranks hold the same sums, so ownership is asked for the first of them.
+        owned = piece.part.owned({**weights.parallel.indices, "dp": 0})
+        if owned is not None:
+            norms.append(torch.linalg.vector_norm(piece.view(owned)))
+    device = weights.parallel.device
+    squares = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    return weights.parallel.tp.all_reduce(squares).sqrt()
+
+
+def clip_gradients(weights: Weights, norm: float, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most ``limit``."""
+    if norm > limit > 0:
+        torch._foreach_mul_([weights.gradient(name) for name in weights.masters], limit / (norm + 1e-6))
+
+
+def first_not_finite(weights: Weights) -> str | None:
+    """Name of the first logical tensor whose gradient on this rank holds NaN or infinity."""
+    return next((piece.name for piece in weights.gradient_pieces() if not piece.local.isfinite().all()), None)
+

@@ -1,0 +1,115 @@
+"""Collectives with their adjoints, as Megatron-LM's tensor parallelism needs them.
+
+Two kinds of region alternate. Inside a *tensor region* each rank holds some features of all tokens; outside, a rank holds
+all features, of all tokens or, under sequence parallelism, of its share of them (rows of dimension 0). What lies outside
+is computed alike on every rank, so the adjoint of "everyone gets a copy" is a sum only where each rank's use of the copy
+is a different part of the whole.
+
+(Shoeybi et al., "Megatron-LM", 2019; Korthikanti et al., "Reducing activation recomputation", 2022.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megalm.parallel.comm import Group
+from megalm.parallel.mesh import ParallelContext
+
+
+class _Copy(torch.autograd.Function):
+    """Identity; gradients are summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Reduce(torch.autograd.Function):
+    """Sum over the group; gradients pass as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate token shards; gradients are summed and scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.group.reduce_scatter(grad), None
+
+
+class _Scatter(torch.autograd.Function):
+    """Sum and scatter to token shards; gradients are concatenated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return group.reduce_scatter(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.group.all_gather(grad), None
+
+
+class _Replicate(torch.autograd.Function):
+    """Concatenate token shards for a computation that every rank does alike; each keeps its rows of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rows = grad.shape[0] // ctx.group.size
+        return grad[ctx.group.index * rows : (ctx.group.index + 1) * rows], None
+
+
+def copy_to_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Enter a tensor region with replicated ``x``: forward identity, backward all-reduce."""
+    return x if group.size == 1 else _Copy.apply(x, group)
+
+
+def enter_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """Enter a tensor region: all tokens from (T or T / tp, H); the backward sums over the tensor-parallel axis."""
+    if parallel.tp.size == 1:
+        return x_TH
+    return _Gather.apply(x_TH, parallel.tp) if parallel.sp else _Copy.apply(x_TH, parallel.tp)
+
+
+def exit_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """Leave a tensor region: the sum over the axis of each rank's partial (T, H), token-sharded under SP."""
+    if parallel.tp.size == 1:
+        return x_TH
+    return _Scatter.apply(x_TH, parallel.tp) if parallel.sp else _Reduce.apply(x_TH, parallel.tp)
+
+
+def replicate_tokens(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """All tokens on every rank, for computations that every rank does alike."""
+    return _Replicate.apply(x_TH, parallel.tp) if parallel.sp else x_TH
+
+
+def token_shard(parallel: ParallelContext, tokens: int) -> tuple[int, int]:
+    """The rows [start, stop) of ``tokens`` that this rank holds outside tensor regions."""
+    if not parallel.sp:
+        return 0, tokens
+    rows = tokens // parallel.tp.size
+    return parallel.tp.index * rows, (parallel.tp.index + 1) * rows

@@ -1,0 +1,69 @@
+"""Causal language modelling: predict each token from those before it. (Radford et al., GPT-2, 2019.)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from megalm.api import (
+    Batch,
+    Corpus,
+    DataError,
+    Example,
+    LossContext,
+    Needs,
+    Objective,
+    Settings,
+    TensorSpec,
+    Term,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CausalLMConfig(Settings):
+    """Settings of ``[objective.causal_lm]``."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of the term in the total."""
+
+
+class CausalLM(Objective):
+    """Samples are windows of the token stream that follow each other; a label is the next token."""
+
+    Config = CausalLMConfig
+    cfg: CausalLMConfig
+
+    def needs(self) -> Needs:
+        return Needs("causal", {"tokens": TensorSpec(), "labels": TensorSpec(to="last")})
+
+    def weights(self) -> Mapping[str, float]:
+        return {"causal_lm": self.cfg.weight}
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        if self.num_samples(corpus) < 1:
+            raise DataError(
+                f"causal_lm needs more than train.sequence_length = {self.env.sequence_length} tokens, "
+                f"but the corpus has {corpus.num_tokens}"
+            )
+
+    def num_samples(self, corpus: Corpus) -> int:
+        return (corpus.num_tokens - 1) // self.env.sequence_length
+
+    def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        start = sample * self.env.sequence_length
+        window = corpus.stream(start, start + self.env.sequence_length + 1)
+        return {"tokens": window[:-1], "labels": window[1:]}
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"causal_lm": int(batch["labels"].size)}
+
+    def loss(self, hidden: Any, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
+        return {"causal_lm": Term(ctx.lm_loss(hidden, batch["labels"]).sum())}

@@ -1,0 +1,110 @@
+"""Masked language modelling with BERT's corruption. (Devlin et al., 2019.)
+
+Each ordinary token is chosen with probability ``mask_prob``; of the chosen, ``mask_share`` become the mask token,
+``random_share`` a random ordinary token, and the rest stay. Only chosen positions go through the vocabulary head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from megalm.api import (
+    IGNORE,
+    Batch,
+    ConfigError,
+    Corpus,
+    DataError,
+    Example,
+    LossContext,
+    Needs,
+    Objective,
+    ObjectiveEnv,
+    Settings,
+    TensorSpec,
+    Term,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MaskedLMConfig(Settings):
+    """Settings of ``[objective.mlm]``."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of the term in the total."""
+    mask_prob: float = Field(default=0.15, gt=0, lt=1)
+    """Probability that an ordinary token is to be predicted."""
+    mask_share: float = Field(default=0.8, ge=0, le=1)
+    """Of those, the share replaced by the mask token."""
+    random_share: float = Field(default=0.1, ge=0, le=1)
+    """Of those, the share replaced by a random token."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> MaskedLMConfig:
+        if self.mask_share + self.random_share > 1:
+            raise ValueError("mask_share + random_share must not exceed 1")
+        return self
+
+
+class MaskedLM(Objective):
+    """Alone, samples are windows of the stream between the classification and separator tokens, where there are such."""
+
+    Config = MaskedLMConfig
+    cfg: MaskedLMConfig
+
+    def __init__(self, cfg: MaskedLMConfig, env: ObjectiveEnv) -> None:
+        super().__init__(cfg, env)
+        special = env.tokenizer.special
+        if special.mask is None:
+            raise ConfigError(["train.objective: mlm needs a tokenizer with a mask token, and this one has none"])
+        self._mask: int = special.mask
+        self._prefix = [] if special.cls is None else [special.cls]
+        self._suffix = [] if special.sep is None else [special.sep]
+        self._special_ids = np.array(special.ids())
+        self._ordinary = np.setdiff1d(np.arange(env.tokenizer.vocab_size), self._special_ids)
+        self._window = env.sequence_length - len(self._prefix) - len(self._suffix)
+        if self._window < 1:
+            raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves mlm no room for text"])
+
+    def needs(self) -> Needs:
+        return Needs("bidirectional", {"tokens": TensorSpec(), "labels": TensorSpec(to="last")})
+
+    def weights(self) -> Mapping[str, float]:
+        return {"mlm": self.cfg.weight}
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        if self.num_samples(corpus) < 1:
+            raise DataError(f"mlm needs at least {self._window} tokens, but the corpus has {corpus.num_tokens}")
+
+    def num_samples(self, corpus: Corpus) -> int:
+        return corpus.num_tokens // self._window
+
+    def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        text = corpus.stream(sample * self._window, (sample + 1) * self._window)
+        tokens = np.concatenate((self._prefix, text, self._suffix)).astype(np.int64)
+        return self.extend_example({"tokens": tokens, "special": np.isin(tokens, self._special_ids)}, rng)
+
+    def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
+        tokens = example["tokens"]
+        chance, kind = rng.random(len(tokens)), rng.random(len(tokens))
+        replacement = self._ordinary[rng.integers(len(self._ordinary), size=len(tokens))]
+        chosen = (chance < self.cfg.mask_prob) & ~example["special"]
+        masked = chosen & (kind < self.cfg.mask_share)
+        random = chosen & ~masked & (kind < self.cfg.mask_share + self.cfg.random_share)
+        corrupted = np.where(masked, self._mask, np.where(random, replacement, tokens))
+        return {**example, "tokens": corrupted, "labels": np.where(chosen, tokens, IGNORE)}
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"mlm": int((batch["labels"] != IGNORE).sum())}
+
+    def loss(self, hidden: Any, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
+        scored = batch["labels"] != IGNORE
+        return {"mlm": Term(ctx.lm_loss(hidden, batch["labels"], where=scored).sum())}

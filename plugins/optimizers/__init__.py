@@ -1,0 +1,14 @@
+"""First-party optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megalm.api import Component, hookimpl
+
+MEGALM_API = (1, 0)
+
+
+@hookimpl
+def megalm_optimizers() -> Iterable[Component]:
+    yield Component("adamw", "megalm_plugins.optimizers.adamw:AdamW", "Adam with decoupled weight decay (torch, fused)")
