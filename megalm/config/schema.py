@@ -7,7 +7,7 @@ defaults of ``model.architecture`` (a plugin record), which any key given here o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,7 +32,7 @@ class LaunchConfig(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA (with NCCL) where it is available, else the CPU (with gloo)."""
-    threads: int | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """CPU threads a rank. ``auto`` divides the cores among this host's ranks. Equal hashes need equal threads."""
     collective_timeout: float = Field(default=600.0, gt=0)
     """Seconds after which a collective that has not completed ends the job."""
@@ -169,7 +169,7 @@ class LogConfig(Settings):
 
     every: int = Field(default=1, ge=1)
     """Steps between console lines. metrics.jsonl has every step."""
-    callbacks: list[str] = []
+    callbacks: list[str] = Field(default_factory=list)
     """Components of kind ``callbacks`` (tensorboard, wandb, ...); settings in ``[callback.NAME]``."""
 
 
@@ -199,7 +199,7 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
-    objective: dict[str, dict[str, Any]] = {}
-    optimizer: dict[str, dict[str, Any]] = {}
-    lr_schedule: dict[str, dict[str, Any]] = {}
-    callback: dict[str, dict[str, Any]] = {}
+    objective: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    optimizer: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    lr_schedule: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    callback: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -1,0 +1,50 @@
+"""The ``megalm`` command: its sub-commands, and how errors leave it.
+
+What the user can mend is one message on standard error and exit status 2, without a traceback. Anything else is a
+defect and shows all it has.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from megalm.cli.config import config
+from megalm.cli.lazy import lazy_group
+from megalm.cli.plugins import plugins
+from megalm.errors import UsageError
+
+app = typer.Typer(
+    name="megalm",
+    help="Train language models with plugins. A run itself starts with: torchrun -m megalm.launch RUN.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(plugins)
+app.command()(config)
+app.add_typer(
+    typer.Typer(
+        name="data",
+        cls=lazy_group("megalm.cli.data"),
+        help="Prepare and inspect data, and train tokenizers.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+)
+
+
+def show_error(error: UsageError) -> None:
+    """Print an error and its notes to standard error."""
+    sys.stderr.write("\n".join([f"megalm: {error}", *getattr(error, "__notes__", ())]) + "\n")
+
+
+def main() -> None:
+    """Entry point of the ``megalm`` command. Exits with status 2 after a UsageError."""
+    try:
+        app()
+    except UsageError as error:
+        show_error(error)
+        sys.exit(2)
