@@ -74,3 +74,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that its place is free and its files remain for inspection."""
+    number, target = 0, folder.with_name(f"damaged-{folder.name}")
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"damaged-{folder.name}.{number}")
+    return folder.rename(target)

@@ -150,7 +150,11 @@ class EvalConfig(Settings):
     every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only after the last step."""
     samples: int = Field(default=256, ge=1)
-    """Rows to evaluate on: the first of the validation part, or all where it has fewer."""
+    """Rows to evaluate on while training: the first of the validation part, or all where it has fewer."""
+    final_samples: int | None = Field(default=None, ge=1)
+    """Rows of the evaluation after the last step; default: ``samples``."""
+    baselines: bool = False
+    """Fit unigram and bigram models to the training tokens and record their loss on the validation tokens."""
 
 
 class CheckpointConfig(Settings):

@@ -123,9 +123,9 @@ def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[st
     ):
         if size < p.tp:
             problems.append(f"parallel.tp = {p.tp} is more than {name} = {size}: some ranks would hold nothing")
-    if p.sp and p.tp > 1 and (t.micro_batch * t.sequence_length) % p.tp:
+    if p.sp and t.sequence_length % p.tp:
         problems.append(
-            f"parallel.sp shards the {t.micro_batch} * {t.sequence_length} tokens of a microbatch over "
-            f"parallel.tp = {p.tp}, which does not divide them; change train.sequence_length or train.micro_batch"
+            f"parallel.sp divides a row's tokens over parallel.tp = {p.tp}, "
+            f"which does not divide train.sequence_length = {t.sequence_length}"
         )
     return problems

@@ -1,0 +1,179 @@
+"""``torchrun ... -m megalm.launch RUN.toml [--set key=value ...] [--plugins a,b]``: one rank of a run.
+
+What can be wrong is looked for before any process group exists. Each rank reports what it found through the rendezvous
+store; if any found something, one rank of each host prints one message, and all exit together: 2 where the user can mend
+it, else 1. Without torchrun the process is a run of one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megalm.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megalm.parallel.bootstrap import Place, Rendezvous
+    from megalm.train.prepare import Prepared
+
+USAGE_ERROR, FAILURE = 2, 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n{self.format_usage().strip()}")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; UsageError where it is wrong."""
+    parser = _Parser(prog="python -m megalm.launch", description="Train as RUN.toml says.")
+    parser.add_argument("config", type=Path, metavar="RUN.toml", help="the run's configuration")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="key=value", help="override a key, e.g. train.lr=3e-4"
+    )
+    parser.add_argument("--plugins", metavar="a,b", help="load exactly these plugins instead of all installed ones")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in arguments or "--help" in arguments:
+        parse_arguments(arguments)
+    from megalm.parallel.bootstrap import Place, Rendezvous, RendezvousError
+
+    place = Place.from_environment()
+    rendezvous = Rendezvous(place)
+    report: dict[str, Any] = {}
+    prepared = None
+    try:
+        prepared = _prepare(arguments, place)
+        report["fingerprint"] = prepared.manager.fingerprint()
+    except UsageError as error:
+        report["error"], report["status"] = f"megalm: {_text(error)}", USAGE_ERROR
+    except Exception:
+        report["error"], report["status"] = traceback.format_exc(), FAILURE
+    try:
+        reports = rendezvous.exchange("prepared", report)
+    except RendezvousError as error:
+        print(f"megalm: {error}", file=sys.stderr)
+        return FAILURE
+    status = _tell(reports, place)
+    if status or prepared is None:
+        _leave_together(rendezvous, status)
+    return _train(prepared, rendezvous)
+
+
+def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
+    from megalm.config.load import load_config
+    from megalm.plugin.manager import PluginManager
+    from megalm.train.prepare import prepare_run
+    from megalm.train.run_folder import check_run_folder
+
+    options = parse_arguments(arguments)
+    only = None if options.plugins is None else [name for name in options.plugins.split(",") if name]
+    manager = PluginManager.for_launch(only)
+    resolved = load_config(options.config, options.set, manager)
+    _device(resolved.config.launch.device, place)
+    prepared = prepare_run(resolved, manager, place.world_size)
+    if place.rank == 0:
+        check_run_folder(resolved)
+    return prepared
+
+
+def _tell(reports: list[dict[str, Any]], place: Place) -> int:
+    """Print what went wrong, once a host, and return the exit status; 0 where nothing did."""
+    failed = {rank: report for rank, report in enumerate(reports) if "error" in report}
+    lines = []
+    for text in dict.fromkeys(report["error"] for report in failed.values()):
+        ranks = [rank for rank, report in failed.items() if report["error"] == text]
+        alone = len(ranks) < len(reports) and ranks != [0]
+        lines.append(f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {text}" if alone else text)
+    if not failed:
+        for rank, report in enumerate(reports):
+            if report != reports[0]:
+                lines.append(f"megalm: the plugins of rank {rank} differ from those of rank 0: install the same everywhere")
+                break
+    if lines and place.local_rank == 0:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    return max((report["status"] for report in failed.values()), default=USAGE_ERROR if lines else 0)
+
+
+def _leave_together(rendezvous: Rendezvous, status: int) -> NoReturn:
+    """Exit when every rank is about to: torchrun kills the others as soon as one has failed."""
+    from megalm.parallel.bootstrap import RendezvousError
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A rank that waits in a collective cannot come; it is ended by the launcher.
+    with contextlib.suppress(RendezvousError):
+        rendezvous.exchange("leaving", status, timeout=5.0)
+    # Skips the interpreter's clean-up, whose length differs from rank to rank.
+    os._exit(status)
+
+
+def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
+    import torch
+
+    from megalm.parallel.bootstrap import start_process_group, stop_process_group
+    from megalm.parallel.mesh import make_mesh, single_rank
+    from megalm.train.trainer import Trainer
+
+    config, place = prepared.resolved.config, rendezvous.place
+    device = _device(config.launch.device, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    threads = config.launch.threads
+    torch.set_num_threads(_threads(place) if threads == "auto" else threads)
+    try:
+        start_process_group(rendezvous, device, config.launch.collective_timeout)
+        if place.world_size == 1:
+            parallel = single_rank(device)
+        else:
+            parallel = make_mesh(device, tp=config.parallel.tp, dp=config.parallel.dp, sp=config.parallel.sp)
+        Trainer(prepared, parallel).run()
+    except UsageError as error:
+        if rendezvous.first("failed"):
+            print(f"megalm: {_text(error)}", file=sys.stderr, flush=True)
+        _leave_together(rendezvous, USAGE_ERROR)
+    except Exception:
+        if rendezvous.first("failed"):
+            print(f"megalm: rank {place.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return FAILURE
+    stop_process_group()
+    return 0
+
+
+def _device(wanted: str, place: Place) -> torch.device:
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(['launch.device is "cuda", but torch finds no CUDA device here; use "auto" or "cpu"'])
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            [f"this host runs {place.local_world_size} ranks, but has {torch.cuda.device_count()} CUDA device(s)"]
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def _threads(place: Place) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // place.local_world_size)
+
+
+def _text(error: UsageError) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""From the launcher's environment to process groups, and what ranks tell each other before there are any.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of a key-value store. Before any process group exists the store
+carries each rank's report of its preparations as JSON, so that a mistake seen by one rank ends them all with one message.
+Without torchrun the process is one rank and there is no store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalm.errors import MegalmError
+
+
+class RendezvousError(MegalmError):
+    """A rank did not report in time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the launch."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read torchrun's variables; one rank where there are none."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=size,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", str(size))),
+        )
+
+
+class Rendezvous:
+    """The launch's key-value store; every method is a no-op for one rank."""
+
+    def __init__(self, place: Place, timeout: float = 60.0) -> None:
+        self.place = place
+        self._timeout = timedelta(seconds=timeout)
+        self._store: dist.Store | None = None
+        if place.world_size > 1:
+            store, _, _ = next(
+                dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=self._timeout)
+            )
+            # A restarted job finds the keys of its former life in the same store.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"megalm/{attempt}", store)
+
+    @property
+    def store(self) -> dist.Store | None:
+        """The store itself, for ``init_process_group``."""
+        return self._store
+
+    def exchange(self, topic: str, value: Any, timeout: float | None = None) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank. RendezvousError names a rank that does not report."""
+        if self._store is None:
+            return [value]
+        limit = self._timeout if timeout is None else timedelta(seconds=timeout)
+        self._store.set(f"{topic}/{self.place.rank}", json.dumps(value))
+        found = []
+        for rank in range(self.place.world_size):
+            try:
+                self._store.wait([f"{topic}/{rank}"], limit)
+            except dist.DistStoreError as error:
+                raise RendezvousError(
+                    f"rank {rank} did not report ({topic}) within {limit.total_seconds():.0f} s; "
+                    "look for its own message above, or whether its host is up"
+                ) from error
+            found.append(json.loads(self._store.get(f"{topic}/{rank}")))
+        return found
+
+    def first(self, topic: str) -> bool:
+        """True on the first rank that asks, false on later ones."""
+        return self._store is None or self._store.add(topic, 1) == 1
+
+
+def start_process_group(rendezvous: Rendezvous, device: torch.device, timeout: float) -> None:
+    """Initialise the default process group: NCCL for CUDA, gloo for the CPU. Nothing for one rank."""
+    if rendezvous.store is None:
+        return
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("process-group", rendezvous.store),
+        rank=rendezvous.place.rank,
+        world_size=rendezvous.place.world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def stop_process_group() -> None:
+    """Tear the default process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

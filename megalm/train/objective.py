@@ -1,0 +1,131 @@
+"""The run's objective: one plugin, or several on shared examples (``mlm+nsp``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megalm.config.load import Resolved
+from megalm.errors import ConfigError
+from megalm.parallel import rng
+from megalm.plugin.contract.objective import (
+    Batch,
+    Corpus,
+    Coupling,
+    Example,
+    HeadSpec,
+    LossContext,
+    Needs,
+    Objective,
+    ObjectiveEnv,
+    TensorSpec,
+    Term,
+)
+from megalm.plugin.manager import PluginManager
+
+if TYPE_CHECKING:
+    import torch
+
+_COUPLINGS: tuple[Coupling, ...] = ("token", "example", "cell")
+
+
+class TrainingObjective:
+    """One or more objectives that score the same rows.
+
+    The first that can only build rows builds them (or the first, where all can extend); the others extend them in the
+    order of their names, so that ``a+b`` and ``b+a`` are the same objective. Every random draw is addressed by (seed,
+    split, part, epoch, sample).
+    """
+
+    def __init__(self, parts: Mapping[str, Objective]) -> None:
+        ordered = dict(sorted(parts.items()))
+        builders = [n for n, part in ordered.items() if type(part).extend_example is Objective.extend_example]
+        if len(builders) > 1:
+            raise ConfigError([f"train.objective: {' and '.join(builders)} both build rows; join at most one of them"])
+        first = builders[0] if builders else next(iter(ordered))
+        self.name = "+".join(ordered)
+        self.parts: dict[str, Objective] = {first: ordered.pop(first), **ordered}
+        self._builder = self.parts[first]
+        self.needs = self._join_needs()
+        self.weights = self._join_weights()
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Version of each part; stored in checkpoints."""
+        return {name: part.version for name, part in sorted(self.parts.items())}
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """DataError where a part cannot use the corpus."""
+        for part in self.parts.values():
+            part.check_corpus(corpus)
+
+    def num_samples(self, corpus: Corpus) -> int:
+        """Samples of an epoch."""
+        return self._builder.num_samples(corpus)
+
+    def build(self, sample: int, corpus: Corpus, address: tuple[int | str, ...]) -> Example:
+        """One row; ``address`` is (seed, split, epoch)."""
+        (first, builder), *rest = self.parts.items()
+        example = builder.build_example(sample, corpus, rng.generator("example", first, *address, sample))
+        for name, part in rest:
+            example = part.extend_example(example, rng.generator("example", name, *address, sample))
+        return example
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Stack rows into the declared tensors."""
+        batch: dict[str, np.ndarray] = {}
+        for part in self.parts.values():
+            batch.update(part.collate(examples))
+        return batch
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Items that each term scores."""
+        return {term: n for part in self.parts.values() for term, n in part.counts(batch).items()}
+
+    def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
+        """Sums of every term."""
+        return {name: term for part in self.parts.values() for name, term in part.loss(hidden, batch, ctx).items()}
+
+    def _join_needs(self) -> Needs:
+        tensors: dict[str, TensorSpec] = {}
+        heads: dict[str, HeadSpec] = {}
+        needs = {name: part.needs() for name, part in self.parts.items()}
+        if len({n.attention for n in needs.values()}) > 1:
+            raise ConfigError(
+                ["train.objective: " + ", ".join(f"{k} needs {n.attention} attention" for k, n in needs.items())]
+            )
+        for name, need in needs.items():
+            for key, spec in need.tensors.items():
+                if tensors.setdefault(key, spec) != spec:
+                    raise ConfigError([f"train.objective: {name} declares the tensor {key!r} unlike another part"])
+            for head in need.heads:
+                if heads.setdefault(head.name, head) != head:
+                    raise ConfigError([f"train.objective: {name} declares the head {head.name!r} unlike another part"])
+        return Needs(
+            attention=next(iter(needs.values())).attention,
+            tensors=tensors,
+            lm_head=any(n.lm_head for n in needs.values()),
+            heads=tuple(heads.values()),
+            token_types=max(n.token_types for n in needs.values()),
+            coupling=max((n.coupling for n in needs.values()), key=_COUPLINGS.index),
+        )
+
+    def _join_weights(self) -> dict[str, float]:
+        weights: dict[str, float] = {}
+        for name, part in self.parts.items():
+            for term, weight in part.weights().items():
+                if term in weights:
+                    raise ConfigError([f"train.objective: {name} has a loss term {term!r} that another part has too"])
+                weights[term] = weight
+        return weights
+
+
+def build_objective(resolved: Resolved, manager: PluginManager, env: ObjectiveEnv) -> TrainingObjective:
+    """Build what ``train.objective`` names."""
+    parts: dict[str, Objective] = {}
+    for (section, key), component in resolved.components.items():
+        if section == "objective":
+            parts[component.name] = manager.load_component(component)(resolved.sections[section, key], env)
+    return TrainingObjective(parts)

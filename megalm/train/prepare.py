@@ -1,0 +1,77 @@
+"""Everything about a run that can be wrong before it starts, checked without process groups or model memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.config.load import Resolved
+from megalm.data.store import TOKENIZER_FOLDER, TokenStore
+from megalm.data.tokenizer import load_tokenizer
+from megalm.errors import ConfigError
+from megalm.model.spec import ModelSpec, layout_problems, resolve_model
+from megalm.plugin.contract.callback import Callback
+from megalm.plugin.contract.objective import ObjectiveEnv
+from megalm.plugin.contract.optim import LRSchedule, OptimizerPlugin
+from megalm.plugin.contract.tokenizer import Tokenizer
+from megalm.plugin.manager import PluginManager
+from megalm.train.objective import TrainingObjective, build_objective
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: plugins chosen and built, data open, sizes known."""
+
+    resolved: Resolved
+    manager: PluginManager
+    tokenizer: Tokenizer
+    objective: TrainingObjective
+    spec: ModelSpec
+    train: TokenStore
+    validation: TokenStore
+    optimizer: type[OptimizerPlugin]
+    optimizer_settings: Any
+    schedule: LRSchedule
+    callbacks: dict[str, Callback]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.resolved.config.run.dir)
+
+
+def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> Prepared:
+    """Build what the configuration names. Raises a UsageError with all that is wrong with one kind of thing."""
+    config = resolved.config
+    data = Path(config.data.path)
+    train, validation = TokenStore.open(data, "train"), TokenStore.open(data, "validation")
+    _, tokenizer = load_tokenizer(data / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
+    train.check_tokenizer(tokenizer)
+    env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length)
+    objective = build_objective(resolved, manager, env)
+    for corpus in (train, validation):
+        objective.check_corpus(corpus)
+    spec = resolve_model(config, objective.needs, tokenizer.vocab_size)
+    if problems := layout_problems(config, spec, world_size):
+        raise ConfigError(problems)
+    chosen = {key: manager.load_component(component) for key, component in resolved.components.items()}
+    optimizer = ("optimizer", config.train.optimizer)
+    schedule = ("lr_schedule", config.train.lr_schedule)
+    return Prepared(
+        resolved=resolved,
+        manager=manager,
+        tokenizer=tokenizer,
+        objective=objective,
+        spec=spec,
+        train=train,
+        validation=validation,
+        optimizer=chosen[optimizer],
+        optimizer_settings=resolved.sections[optimizer],
+        schedule=chosen[schedule](resolved.sections[schedule], config.train.lr, config.train.steps),
+        callbacks={
+            name: cls(resolved.sections[section, name])
+            for (section, name), cls in chosen.items()
+            if section == "callback"
+        },
+    )

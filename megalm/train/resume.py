@@ -1,0 +1,90 @@
+"""Where a run starts from: its own newest whole checkpoint, a checkpoint that was named, or the beginning.
+
+Rank 0 looks and verifies, then tells the others, so that every rank starts from the same place or fails with the same
+message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.folders import complete_checkpoints, newest_whole, open_whole, set_aside, sweep
+from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.errors import CheckpointError
+from megalm.parallel.mesh import ParallelContext
+from megalm.train.prepare import Prepared
+from megalm.train.run_folder import CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class Start:
+    """A verified checkpoint to start from."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it."""
+    return {
+        "tokenizer": prepared.tokenizer.identity,
+        "objective": prepared.objective.name,
+        "objective_versions": prepared.objective.versions,
+    }
+
+
+def find_start(prepared: Prepared, parallel: ParallelContext, warn: Callable[[str], None]) -> Start | None:
+    """The checkpoint to start from, or none for a fresh run; CheckpointError on every rank where there is trouble."""
+    found: dict[str, Any] = {}
+    if parallel.rank == 0:
+        try:
+            folder = _choose(prepared, warn)
+            found = {"folder": None if folder is None else str(folder)}
+        except CheckpointError as error:
+            found = {"error": str(error)}
+    found = parallel.world.broadcast_json(found)
+    if "error" in found:
+        raise CheckpointError(found["error"])
+    if found["folder"] is None:
+        return None
+    folder = Path(found["folder"])
+    return Start(folder, read_manifest(folder))
+
+
+def _choose(prepared: Prepared, warn: Callable[[str], None]) -> Path | None:
+    root = prepared.run_dir / CHECKPOINTS
+    sweep(root)
+    folder, complaints = newest_whole(root)
+    if folder is None and complaints:
+        raise CheckpointError(
+            "no checkpoint of this run is whole, and there is none older to fall back on:\n"
+            + "\n".join(f"  {complaint}" for complaint in complaints)
+            + f"\nRestore the files, or remove {root} to start anew."
+        )
+    for complaint in complaints:
+        warn(f"damaged checkpoint passed over: {complaint}")
+    if folder is not None:
+        for newer in complete_checkpoints(root):
+            if newer > folder:
+                set_aside(newer)
+        if complaints:
+            warn(f"using the older checkpoint {folder.name} instead")
+    elif prepared.resolved.config.checkpoint.load is not None:
+        folder = Path(prepared.resolved.config.checkpoint.load)
+        open_whole(folder)
+    if folder is not None:
+        _check_identity(folder, read_manifest(folder), prepared)
+    return folder
+
+
+def _check_identity(folder: Path, manifest: Manifest, prepared: Prepared) -> None:
+    for key, mine in identity(prepared).items():
+        theirs = manifest.state.get(key)
+        if theirs != mine:
+            raise CheckpointError(
+                f"{folder}: was made with {key} {theirs}, but this run has {mine}; "
+                "use what it was made with, or start from another checkpoint"
+            )

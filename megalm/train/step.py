@@ -1,0 +1,99 @@
+"""One step: counts first, scaled sums after, one sum of gradients.
+
+The objective counts what each term scores, from data alone. The counts are summed over the microbatches and ranks of the
+step, each term is scaled by weight / count before backward, and then everything is only added. So the gradient is that of
+the loss over the whole global batch, whatever the accumulation and the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megalm.model.language_model import LanguageModel
+from megalm.nn.microbatch import make_microbatch
+from megalm.parallel.mesh import ParallelContext
+from megalm.train.feed import Rows
+from megalm.train.objective import TrainingObjective
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss of a step or an evaluation: the weighted total and each term's mean over what it scored, in nats."""
+
+    total: float
+    terms: dict[str, float]
+
+
+def forward_backward(
+    model: LanguageModel,
+    objective: TrainingObjective,
+    microbatches: list[Rows],
+    *,
+    seed: int,
+    step: int,
+) -> Losses:
+    """Add the gradient of the step's loss to the parameters; finish_gradients then sums it over ranks."""
+    parallel = model.parallel
+    scored = sum_counts(objective, microbatches, parallel)
+    sums = _Sums(objective, parallel.device)
+    for rows in microbatches:
+        tensors = rows.tensors(parallel.device)
+        batch = make_microbatch(tensors, parallel, seed=seed, step=step, slots=rows.slots)
+        terms = objective.loss(model(batch), tensors, model.context(batch))
+        sums.add({name: term.sum for name, term in terms.items()})
+        scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
+        torch.stack(scaled).sum().backward()
+    return sums.losses(scored, parallel)
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, objective: TrainingObjective, batches: Iterable[Rows]) -> Losses:
+    """Loss over the rows of all data-parallel ranks, without dropout."""
+    parallel = model.parallel
+    sums = _Sums(objective, parallel.device)
+    local = dict.fromkeys(objective.weights, 0)
+    for rows in batches:
+        tensors = rows.tensors(parallel.device)
+        batch = make_microbatch(tensors, parallel)
+        terms = objective.loss(model(batch), tensors, model.context(batch))
+        sums.add({name: term.sum for name, term in terms.items()})
+        for name, n in objective.counts(rows.batch).items():
+            local[name] += n
+    return sums.losses(_over_ranks(local, parallel), parallel)
+
+
+def sum_counts(objective: TrainingObjective, microbatches: Iterable[Rows], parallel: ParallelContext) -> dict[str, int]:
+    """What each term scores over all microbatches and data-parallel ranks."""
+    local = dict.fromkeys(objective.weights, 0)
+    for rows in microbatches:
+        for name, n in objective.counts(rows.batch).items():
+            local[name] += n
+    return _over_ranks(local, parallel)
+
+
+def _over_ranks(local: dict[str, int], parallel: ParallelContext) -> dict[str, int]:
+    total = parallel.dp.all_reduce(torch.tensor(list(local.values()), device=parallel.device))
+    return dict(zip(local, total.tolist(), strict=True))
+
+
+def _share(weight: float, count: int) -> float:
+    return weight / count if count else 0.0
+
+
+class _Sums:
+    """Sums of terms, kept on the device until they are asked for."""
+
+    def __init__(self, objective: TrainingObjective, device: torch.device) -> None:
+        self._weights = objective.weights
+        self._sums = torch.zeros(len(self._weights), dtype=torch.float64, device=device)
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        self._sums += torch.stack([terms[name].detach().double() for name in self._weights])
+
+    def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
+        sums = parallel.dp.all_reduce(self._sums).tolist()
+        means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums, strict=True)}
+        return Losses(sum(self._weights[name] * mean for name, mean in means.items()), means)

@@ -1,0 +1,322 @@
+"""The training loop, the same on every rank; rank 0 also writes and shows."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+import torch
+
+from megalm import __version__
+from megalm.checkpoint.load import load_state, weights_sha256
+from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
+from megalm.data.ngram import baselines
+from megalm.errors import MegalmError
+from megalm.metrics import atomic
+from megalm.metrics.console import make_console
+from megalm.metrics.jsonl import MetricsFile
+from megalm.metrics.report import write_report
+from megalm.metrics.summary import read_summary, write_summary
+from megalm.model.language_model import LanguageModel
+from megalm.nn.module import materialise
+from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
+from megalm.optim.weights import DTYPES, Weights
+from megalm.parallel.mesh import ParallelContext
+from megalm.plugin.contract.callback import RunInfo
+from megalm.train.feed import TrainFeed, evaluation_rows
+from megalm.train.generate import sample_text
+from megalm.train.prepare import Prepared
+from megalm.train.resume import Start, find_start, identity
+from megalm.train.run_folder import CHECKPOINTS, SAMPLE, start_run_folder
+from megalm.train.step import Losses, evaluate, forward_backward
+
+
+class TrainingError(MegalmError):
+    """Training cannot go on."""
+
+
+class Trainer:
+    """One rank of a run. Build it on every rank, then :meth:`run`."""
+
+    def __init__(self, prepared: Prepared, parallel: ParallelContext) -> None:
+        self.prepared = prepared
+        self.parallel = parallel
+        self.config = prepared.resolved.config
+        self.objective = prepared.objective
+        self.leader = parallel.rank == 0
+        self.console = make_console(parallel.rank, self.config.log.every)
+        precision = DTYPES[self.config.train.precision]
+        master = torch.float64 if precision == torch.float64 else torch.float32
+        self.model = LanguageModel(prepared.spec, parallel)
+        materialise(self.model, parallel, self.config.run.seed, master)
+        self.weights = Weights(self.model, parallel, precision)
+        self.optimizer = prepared.optimizer.build(
+            self.weights.masters, self.config.train.lr, prepared.optimizer_settings
+        )
+        self.feed = TrainFeed(
+            self.objective,
+            prepared.train,
+            seed=self.config.run.seed,
+            global_batch=self.config.train.global_batch,
+            micro_batch=self.config.train.micro_batch,
+            dp_index=parallel.dp.index,
+            dp_size=parallel.dp.size,
+        )
+        self.metrics = MetricsFile(prepared.run_dir / "metrics.jsonl")
+        self.warnings: list[str] = []
+        self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
+
+    def run(self) -> None:
+        """Train from where the run stands to its last step, evaluate, and leave summary and report."""
+        start = find_start(self.prepared, self.parallel, self._warn)
+        done = 0 if start is None else self._load(start)
+        steps = self.config.train.steps
+        if self._finished(done):
+            self.console.message(f"the run in {self.prepared.run_dir} is complete ({done} steps); nothing to do")
+            self._show(read_summary(self.prepared.run_dir))
+            return
+        info = RunInfo(
+            dir=self.prepared.run_dir,
+            config=self.prepared.resolved.as_dict(),
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
+            start_step=done,
+            total_steps=steps,
+        )
+        if self.leader:
+            start_run_folder(self.prepared.resolved)
+            self.metrics.truncate_after(done)
+        hook = self.prepared.manager.hook
+        for name, callback in self.prepared.callbacks.items():
+            self.prepared.manager.register_callback(callback, name)
+        error: BaseException | None = None
+        try:
+            if start is not None:
+                hook.megalm_load_state(run=info, meta=start.manifest.state.get("callbacks", {}))
+            self.console.start(steps, done, self._heading())
+            hook.megalm_train_start(run=info)
+            self._train(info, done)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.metrics.close()
+            if error is not None:
+                self.console.finish()
+            hook.megalm_train_end(run=info, error=error)
+
+    def _train(self, info: RunInfo, done: int) -> None:
+        hook, train = self.prepared.manager.hook, self.config.train
+        started, tokens = time.perf_counter(), 0
+        losses: Losses | None = None
+        evaluated: Losses | None = None
+        step, reason = done, None
+        while step < train.steps and reason is None:
+            hook.megalm_step_start(run=info, step=step + 1)
+            began = time.perf_counter()
+            losses, norm, rate = self._step(info, step)
+            seconds = time.perf_counter() - began
+            step += 1
+            tokens += self.tokens_per_step
+            record = {
+                "loss": losses.total,
+                "terms": losses.terms,
+                "grad_norm": norm,
+                "lr": rate,
+                "tokens": step * self.tokens_per_step,
+                "tokens_per_second": self.tokens_per_step / seconds,
+            }
+            self._record(info, step, record)
+            reason = self._should_stop(info, step)
+            last = step == train.steps
+            if last or (self.config.eval.every and step % self.config.eval.every == 0):
+                evaluated = self._evaluate(info, step, last)
+            if last or reason or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                self._save(info, step)
+        if reason is not None:
+            self.console.message(f"stopped after step {step}: {reason}")
+            if step < train.steps:
+                self.console.finish()
+                return
+        self._finish(step, losses, evaluated, time.perf_counter() - started, tokens)
+
+    def _step(self, info: RunInfo, step: int) -> tuple[Losses, float, float]:
+        """Forward, backward, sums, clipping and update of one step; the first step is 0."""
+        rows = self.feed.step(step)
+        losses = forward_backward(self.model, self.objective, rows, seed=self.config.run.seed, step=step)
+        finish_gradients(self.weights)
+        norm = global_norm(self.weights).item()
+        self._check_finite(step, losses, norm)
+        self.prepared.manager.hook.megalm_grads_ready(run=info, step=step + 1, grad_norm=norm)
+        clip_gradients(self.weights, norm, self.config.train.clip_grad)
+        rate = self.prepared.schedule.at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.weights.publish()
+        self.weights.zero_grad()
+        return losses, norm, rate
+
+    def _check_finite(self, step: int, losses: Losses, norm: float) -> None:
+        if torch.tensor([losses.total, norm]).isfinite().all():
+            return
+        names = self.parallel.world.gather_json(first_not_finite(self.weights))
+        where = next((f"; first in the gradient of {name} on rank {r}" for r, name in enumerate(names) if name), "")
+        raise TrainingError(
+            f"step {step + 1}: loss is {losses.total} and gradient norm {norm}{where}. "
+            "Lower train.lr, lengthen the warm-up, or look at this step's samples"
+        )
+
+    def _evaluate(self, info: RunInfo, step: int, last: bool) -> Losses:
+        samples = (self.config.eval.final_samples if last else None) or self.config.eval.samples
+        losses = evaluate(
+            self.model,
+            self.objective,
+            evaluation_rows(
+                self.objective,
+                self.prepared.validation,
+                seed=self.config.run.seed,
+                samples=samples,
+                micro_batch=self.config.train.micro_batch,
+                dp_index=self.parallel.dp.index,
+                dp_size=self.parallel.dp.size,
+            ),
+        )
+        record = {"loss": losses.total, "terms": losses.terms}
+        if self.leader:
+            self.metrics.append({"step": step, "eval": record})
+        self.console.eval(step, record)
+        flat = {"loss": losses.total, **{f"terms.{name}": value for name, value in losses.terms.items()}}
+        self.prepared.manager.hook.megalm_eval_end(run=info, step=step, metrics=flat)
+        return losses
+
+    def _record(self, info: RunInfo, step: int, record: dict[str, Any]) -> None:
+        if self.leader:
+            self.metrics.append({"step": step, **record})
+        self.console.step(step, record)
+        flat = {key: value for key, value in record.items() if key != "terms"}
+        flat.update({f"terms.{name}": value for name, value in record["terms"].items()})
+        hook = self.prepared.manager.hook
+        hook.megalm_step_end(run=info, step=step, metrics=flat)
+        if self.leader and step % self.config.log.every == 0:
+            hook.megalm_log(run=info, step=step, metrics=flat)
+
+    def _should_stop(self, info: RunInfo, step: int) -> str | None:
+        reasons = self.prepared.manager.hook.megalm_should_stop(run=info, step=step)
+        if not self.prepared.callbacks and not reasons:
+            return None
+        told = self.parallel.world.gather_json(reasons)
+        return next((reason for each in told for reason in each), None)
+
+    def _save(self, info: RunInfo, step: int) -> None:
+        callbacks: dict[str, Any] = {}
+        self.prepared.manager.hook.megalm_save_state(run=info, meta=callbacks)
+        state = {
+            **identity(self.prepared),
+            "samples": step * self.config.train.global_batch,
+            "tokens": step * self.tokens_per_step,
+            "layout": self._layout(),
+            "plugins": self.prepared.manager.fingerprint(),
+            "versions": self._versions(),
+            "config": self.prepared.resolved.as_dict(),
+            "callbacks": callbacks,
+        }
+        save_checkpoint(
+            self.prepared.run_dir / CHECKPOINTS,
+            step,
+            training_state(self.weights, self.optimizer),
+            state,
+            self.parallel,
+            self.config.checkpoint.keep,
+        )
+
+    def _load(self, start: Start) -> int:
+        allocate_optimizer_state(self.weights, self.optimizer)
+        load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer))
+        set_scalars(self.weights, self.optimizer, start.manifest.scalars)
+        self.weights.publish()
+        return start.manifest.step
+
+    def _finished(self, done: int) -> bool:
+        complete = done >= self.config.train.steps and bool(read_summary(self.prepared.run_dir))
+        return bool(self.parallel.world.broadcast_json(complete))
+
+    def _finish(self, step: int, losses: Losses | None, evaluated: Losses | None, seconds: float, tokens: int) -> None:
+        text = self._sample()
+        if not self.leader:
+            self.parallel.world.barrier()
+            return
+        folder = self.prepared.run_dir / CHECKPOINTS
+        newest = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))[-1]
+        summary: dict[str, Any] = {
+            "steps": step,
+            "samples": step * self.config.train.global_batch,
+            "tokens": step * self.tokens_per_step,
+            "train_loss": None if losses is None else losses.total,
+            "eval_loss": None if evaluated is None else evaluated.total,
+            "eval_terms": {} if evaluated is None else evaluated.terms,
+            "tokens_per_second": tokens / seconds if tokens else None,
+            "seconds": seconds,
+            "weights_sha256": weights_sha256(newest, read_manifest(newest)),
+            "parameters": self.prepared.spec.parameter_count(),
+            "layout": self._layout(),
+            "versions": self._versions(),
+            "plugins": self.prepared.manager.fingerprint(),
+            "device": str(self.parallel.device),
+            "warnings": self.warnings,
+        }
+        if self.config.eval.baselines:
+            fitted = baselines(self.prepared.train, self.prepared.validation, self.prepared.tokenizer.vocab_size)
+            summary["baselines"] = {"unigram": fitted.unigram, "bigram": fitted.bigram}
+        if text is not None:
+            atomic.write_text(self.prepared.run_dir / SAMPLE, text + "\n")
+        self.metrics.close()
+        write_summary(self.prepared.run_dir, summary)
+        write_report(self.prepared.run_dir)
+        self.parallel.world.barrier()
+        self._show(summary)
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        path = self.prepared.run_dir / SAMPLE
+        text = path.read_text(encoding="utf-8") if self.leader and path.exists() else None
+        self.console.finish(summary, text)
+        self.console.message(f"run folder  {self.prepared.run_dir}")
+        self.console.message(f"report      {self.prepared.run_dir / 'report.html'}")
+
+    def _sample(self) -> str | None:
+        wanted = self.config.sample
+        if not (self.prepared.spec.causal and self.prepared.spec.lm_head and wanted.tokens):
+            return None
+        return sample_text(
+            self.model,
+            self.prepared.tokenizer,
+            prompt=wanted.prompt,
+            tokens=wanted.tokens,
+            context=self.config.train.sequence_length,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            seed=self.config.run.seed,
+        )
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.console.warn(text)
+
+    def _layout(self) -> dict[str, Any]:
+        return {"tp": self.parallel.tp.size, "sp": self.parallel.sp, "dp": self.parallel.dp.size}
+
+    def _versions(self) -> dict[str, str]:
+        return {"megalm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+    def _heading(self) -> dict[str, object]:
+        layout = self._layout()
+        return {
+            "run": self.prepared.run_dir,
+            "objective": self.objective.name,
+            "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
+            "layout": f"tp {layout['tp']}{' + sp' if layout['sp'] else ''}, dp {layout['dp']} on {self.parallel.device}",
+            "data": f"{self.prepared.train.num_tokens:,} training tokens in {self.config.data.path}",
+        }
