@@ -3,5 +3,43 @@
 from __future__ import annotations
 
 import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+FakeDist = Callable[..., Path]
+
+
+@pytest.fixture
+def fake_dist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDist]:
+    """Install a distribution that exists for one test: ``fake_dist(name, {plugin: target}, {file: source}, version)``.
+
+    It is a folder on sys.path with a dist-info, which is all that an installed wheel is.
+    """
+    before = set(sys.modules)
+
+    def write(
+        name: str, plugins: Mapping[str, str], files: Mapping[str, str] | None = None, version: str = "1.0"
+    ) -> Path:
+        root = tmp_path / f"site-{name}-{version}"
+        info = root / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        entries = "".join(f"{plugin} = {target}\n" for plugin, target in plugins.items())
+        (info / "entry_points.txt").write_text(f"[megalm]\n{entries}")
+        for file, source in (files or {}).items():
+            path = root / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(textwrap.dedent(source))
+        monkeypatch.syspath_prepend(root)
+        return root
+
+    yield write
+    for module in set(sys.modules) - before:
+        if str(getattr(sys.modules[module], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[module]

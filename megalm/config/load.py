@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ class _Resolver:
         for section, kind in SECTIONS.items():
             self.section(section, kind)
         if self.problems or config is None:
-            ordered = sorted(self.problems, key=lambda p: (self.source.order(p.path), dotted(p.path)))
-            raise ConfigError([p.line(self.source.place(p.path)) for p in ordered])
+            ordered = sorted(self.problems, key=lambda p: (self.source.order(p.at or p.path), dotted(p.path)))
+            raise ConfigError([p.line(self.source.place(p.at or p.path)) for p in ordered])
         resolved = Resolved(config, self.sections, self.components, {})
         origin = {dotted(path): self.origin(path, defaults) for path, _ in flatten(resolved.as_dict())}
         return Resolved(config, self.sections, self.components, origin)
@@ -143,31 +143,33 @@ class _Resolver:
         for name in tables:
             if name in used or name in failed:
                 continue
-            belongs = [part for part, component in used.items() if name in (component.name, _qualified(component))]
+            belongs = [part for part, (component, _) in used.items() if name in _names(component)]
             if not belongs:
                 component = self.find(kind.kind, name, (section, name))
                 if component is not None:
-                    self.settings(section, kind.kind, name, component, tables[name])
+                    self.settings(kind.kind, (section, name), component, tables[name], None)
             elif belongs[0] in tables:
-                self.problems.append(Problem((section, name), f"repeats [{section}.{belongs[0]}]; keep one of them"))
+                self.problems.append(
+                    Problem((section, name), f"repeats [{dotted((section, belongs[0]))}]; keep one of them")
+                )
             else:
                 self.written[section, belongs[0]] = name
-        for part, component in used.items():
+        for part, (component, chosen_at) in used.items():
             name = self.written.get((section, part), part)
-            settings = self.settings(section, kind.kind, name, component, tables.get(name, {}))
+            settings = self.settings(kind.kind, (section, name), component, tables.get(name), chosen_at)
             if settings is not None:
                 self.sections[section, part] = settings
                 self.components[section, part] = component
 
-    def chosen(self, kind: SectionKind) -> tuple[dict[str, Component], set[str]]:
-        """Components that the choosing key names, and the names that are none."""
+    def chosen(self, kind: SectionKind) -> tuple[dict[str, tuple[Component, KeyPath]], set[str]]:
+        """Components that the choosing key names, each with where it does, and the names that are none."""
         names: list[tuple[KeyPath, str]] = []
         value = self.chosen_value(kind.key)
         if isinstance(value, str):
             names = [(kind.key, part.strip()) for part in (value.split("+") if kind.kind == "objectives" else [value])]
         elif isinstance(value, list):
             names = [((*kind.key, i), name) for i, name in enumerate(value) if isinstance(name, str)]
-        used: dict[str, Component] = {}
+        used: dict[str, tuple[Component, KeyPath]] = {}
         failed: set[str] = set()
         for path, name in names:
             if name in used:
@@ -177,7 +179,7 @@ class _Resolver:
             if component is None:
                 failed.add(name)
             else:
-                used[name] = component
+                used[name] = (component, path)
         return used, failed
 
     def chosen_value(self, key: tuple[str, str]) -> Any:
@@ -198,22 +200,28 @@ class _Resolver:
             return None
 
     def settings(
-        self, section: str, kind: str, name: str, component: Component, table: Mapping[str, Any]
+        self,
+        kind: str,
+        where: tuple[str, str],
+        component: Component,
+        table: Mapping[str, Any] | None,
+        chosen_at: KeyPath | None,
     ) -> Settings | None:
-        """A component's table, validated by its own model."""
+        """A component's table (None: it has none), validated by its own model. ``where``: the path of the table;
+        ``chosen_at``: the key that chose the component, None where the run does not use it."""
         owner = f"plugin {component.plugin}"
         try:
             value = self.manager.check_class(kind, component, self.manager.load_component(component))
         except PluginError as error:
-            self.problems.append(Problem((section, name), str(error), owner))
+            self.problems.append(Problem(chosen_at or where, str(error), owner))
             return None
         model = value.Config
         if not (isinstance(model, type) and issubclass(model, Settings)):
             text = f"{component.target}.Config must be a subclass of megalm.api.Settings; found {model!r}"
-            self.problems.append(Problem((section, name), text, owner))
+            self.problems.append(Problem(chosen_at or where, text, owner))
             return None
-        settings, problems = validate(model, table, (section, name), owner)
-        self.problems += problems
+        settings, problems = validate(model, table or {}, where, owner)
+        self.problems += [replace(p, at=chosen_at) if table is None else p for p in problems]
         return settings
 
     def origin(self, path: tuple[str, ...], defaults: Mapping[str, Any]) -> str:
@@ -228,8 +236,12 @@ class _Resolver:
         return "default"
 
 
-def _qualified(component: Component) -> str:
-    return f"{component.plugin.name}:{component.name}" if component.plugin is not None else component.name
+def _names(component: Component) -> tuple[str, ...]:
+    """The names that a component's table may have."""
+    return (
+        component.name,
+        f"{component.plugin.name}:{component.name}" if component.plugin is not None else component.name,
+    )
 
 
 def _elsewhere(path: KeyPath) -> str:

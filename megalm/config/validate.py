@@ -37,6 +37,8 @@ class Problem:
     owner: str = OWN
     missing: bool = False
     """Whether the problem is that the key is not there."""
+    at: Path | None = None
+    """The key to point at, where it is another one."""
 
     def line(self, place: str) -> str:
         """``PLACE: key: text (owner: ...)``."""
@@ -89,7 +91,7 @@ def _problems(
         full = (*prefix, *path)
         if detail["type"] == "extra_forbidden":
             yield Problem(full, _unknown(model, path, full, hint), owner)
-        elif detail["type"] == "missing":
+        elif detail["type"] == "missing" and path[-1:] == detail["loc"][-1:]:
             yield Problem(full, _missing(model, path, prefix), owner, missing=True)
         elif detail["type"] in ("value_error", "assertion_error"):
             cause = detail.get("ctx", {}).get("error")
@@ -115,7 +117,7 @@ def _locate(table: Any, loc: tuple[str | int, ...], *, missing: bool) -> tuple[P
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             path.append(part)
             value = value[part]
-        elif missing and number == len(loc):
+        elif missing and number == len(loc) and isinstance(part, str):
             path.append(part)
     return tuple(path), value
 

@@ -90,6 +90,9 @@ def _one_of(values: Iterable[Any]) -> str:
 
 def _limits(metadata: Iterable[Any]) -> Iterable[str]:
     for item in metadata:
+        if isinstance(item, FieldInfo):  # Annotated[int, Field(ge=1)] inside a union
+            yield from _limits(item.metadata)
+            continue
         for attribute, phrase in (
             ("gt", "greater than {}"),
             ("ge", "of at least {}"),

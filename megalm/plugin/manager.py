@@ -164,6 +164,8 @@ class PluginManager:
         PluginError where it has none, where one is unmarked, misspelt or takes unknown arguments, or the name is taken.
         """
         try:
+            if self._pluggy.has_plugin(_CALLBACK + name):
+                raise PluginError("that name is taken")
             hooks = check_hooks(callback)
             if not hooks:
                 raise PluginError("implements no hook; mark its methods with @hookimpl")

@@ -1,0 +1,42 @@
+"""The surface of megalm.api. A change here is a change of the promise to plugins: raise API_VERSION with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megalm.api
+
+SURFACE = {
+    (1, 0): """
+        API_VERSION Architecture Batch Callback CheckpointError Component ConfigError Corpus DataError Example HeadSpec
+        IGNORE LRSchedule LayoutError LossContext MegalmError Needs Objective ObjectiveEnv OptimizerPlugin PluginError
+        PluginInfo RunInfo Settings SpecialTokens TensorSpec Term Tokenizer TokenizerError UsageError hookimpl
+    """,
+}
+
+
+def test_the_surface_is_the_snapshot():
+    assert sorted(SURFACE[megalm.api.API_VERSION].split()) == sorted(megalm.api.__all__) == dir(megalm.api)
+
+
+def test_every_name_resolves_and_nothing_else_does():
+    for name in megalm.api.__all__:
+        assert getattr(megalm.api, name) is not None
+    with pytest.raises(AttributeError, match=r"megalm\.api has no 'Objectiv'"):
+        _ = megalm.api.Objectiv
+    with pytest.raises(ImportError):
+        from megalm.api import nothing_like_this  # noqa: F401
+
+
+def test_importing_it_and_all_its_names_needs_no_torch():
+    root = Path(__file__).resolve().parents[1]
+    for code in (
+        "import megalm.api, sys; sys.exit(not {'torch', 'numpy', 'pydantic'}.isdisjoint(sys.modules))",
+        "from megalm.api import *; import sys; sys.exit('torch' in sys.modules)",
+    ):
+        result = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
