@@ -33,9 +33,10 @@ def plugins(
     table = Table("kind", "name", "plugin", "version", "summary", box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*(Text(row[column]) for column in ("kind", "name", "plugin", "version", "summary")))
-    # Where the output is no terminal, rows are not to be folded at 80 columns.
     console = Console()
-    console.print(table, width=None if console.is_terminal else 400, crop=False)
+    if not console.is_terminal:  # a pipe or a file has no width to fold lines to
+        console = Console(width=1000)
+    console.print(table)
 
 
 def _rows(manager: Any) -> Iterator[dict[str, str]]:

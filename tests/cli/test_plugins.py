@@ -22,7 +22,7 @@ from megalm.api import Component, hookimpl
 MEGALM_API = (1, 0)
 @hookimpl
 def megalm_objectives():
-    yield Component("clm", "cli_parts:CLM", "predicts [the next] token")
+    yield Component("clm", "cli_parts:CLM", "predicts [the next] token" + " of a row" * 9)
 @hookimpl
 def megalm_architectures():
     yield Component("tiny", "cli_parts:Tiny")
@@ -33,6 +33,7 @@ def megalm_optimizers():
 def megalm_lr_schedules():
     yield Component("cosine", "cli_parts:Sched")
 """
+SUMMARY = "predicts [the next] token" + " of a row" * 9
 PARTS = """\
 from megalm.api import Architecture, LRSchedule, Objective, OptimizerPlugin, Settings
 class C(Settings):
@@ -81,7 +82,7 @@ def test_plugins_as_a_table_and_as_json(installed):
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0].split() == ["kind", "name", "plugin", "version", "summary"]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("objectives")]
-    assert line.split(maxsplit=4) == ["objectives", "clm", "demo", "7.1", "predicts [the next] token"]
+    assert line.rstrip().split(maxsplit=4) == ["objectives", "clm", "demo", "7.1", SUMMARY]
     rows = json.loads(invoke("plugins", "--plugins", "demo", "--json").stdout)
     assert {
         "kind": "objectives",
@@ -90,7 +91,7 @@ def test_plugins_as_a_table_and_as_json(installed):
         "dist": "cli-demo",
         "version": "7.1",
         "target": "cli_parts:CLM",
-        "summary": "predicts [the next] token",
+        "summary": SUMMARY,
     } in rows
     assert "cli_parts" not in sys.modules
 
