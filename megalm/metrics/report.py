@@ -310,11 +310,9 @@ def _provenance(run: Run) -> str:
     facts |= {f"eval {name}": f"{value:.4f}" for name, value in (run.summary.get("eval_terms") or {}).items()}
     facts |= {f"baseline: {name}": f"{value:.4f}" for name, value in (run.summary.get("baselines") or {}).items()}
     facts |= run.summary.get("versions") or {}
-    plugins = run.summary.get("plugins") or {}
-    if isinstance(plugins, Mapping):
-        facts |= {f"plugin {name}": value for name, value in plugins.items()}
-    else:
-        facts |= {f"plugin {number}": value for number, value in enumerate(plugins, start=1)}
+    for name, facts_of in (run.summary.get("plugins") or {}).items():
+        values = facts_of.values() if isinstance(facts_of, Mapping) else [facts_of]
+        facts[f"plugin {name}"] = " ".join(map(str, values))
     return f'<section class="card"><h2>Provenance</h2>{_table(facts)}</section>' if facts else ""
 
 

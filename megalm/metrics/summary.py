@@ -2,8 +2,8 @@
 
 Keys: ``steps``, ``samples``, ``tokens`` (whole run, resumes included), ``train_loss``, ``eval_loss``, ``eval_terms``
 (nats), ``tokens_per_second``, ``seconds``, ``weights_sha256``, ``layout``, ``versions``, ``device``; where they are
-known, ``baselines`` (name to nats), ``parameters``, ``plugins`` and ``warnings``. It is written last and whole, so its
-presence says that the run ended well.
+known, ``baselines`` (name to nats), ``parameters``, ``plugins`` (name to facts) and ``warnings``. It is written last
+and whole, so its presence says that the run ended well.
 """
 
 from __future__ import annotations
