@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,26 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SEED = int(os.environ.get("MEGALM_SEED") or random.SystemRandom().randrange(2**31))
+"""Drives every randomly drawn layout and case of this session; ``MEGALM_SEED`` repeats one."""
+
 FakeDist = Callable[..., Path]
+
+
+def pytest_report_header() -> str:
+    return f"megalm: cases drawn with MEGALM_SEED={SEED}"
+
+
+@pytest.fixture(scope="session")
+def campaign_seed() -> int:
+    """Seed of the cases that this session draws."""
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether campaigns run at full count (``make proof``) or as a sample."""
+    return os.environ.get("MEGALM_PROOF") == "full"
 
 
 @pytest.fixture

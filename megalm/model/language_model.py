@@ -81,5 +81,5 @@ class ModelLossContext:
         classifiers = self._model.classifiers
         if classifiers is None or name not in classifiers.pooled:
             raise KeyError(f"no head named {name!r}; declare it in Needs.heads")
-        out: torch.Tensor = classifiers(name, x)
-        return out
+        logits: torch.Tensor = classifiers(name, x)
+        return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,3 +106,11 @@ def stop_process_group() -> None:
     """Tear the default process group down, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def start_file_process_group(path: Path, rank: int, world_size: int, timeout: float) -> None:
+    """A gloo process group over a file that the ranks share, for tests without a launcher."""
+    store = dist.FileStore(str(path), world_size)
+    dist.init_process_group(
+        backend="gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )

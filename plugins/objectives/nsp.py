@@ -137,4 +137,4 @@ class NextSentence(Objective):
         import torch.nn.functional as F
 
         logits = ctx.head("nsp", ctx.pick(hidden, 0))
-        return {"nsp": Term(F.cross_entropy(logits.float(), batch["next_label"], reduction="sum"), scope="example")}
+        return {"nsp": Term(F.cross_entropy(logits, batch["next_label"], reduction="sum"), scope="example")}

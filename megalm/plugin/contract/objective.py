@@ -159,7 +159,10 @@ class LossContext(Protocol):
         ...
 
     def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Logits (..., outputs) of a head of :attr:`Needs.heads` for vectors (..., hidden) from the functions above."""
+        """Logits (..., outputs) of a head of :attr:`Needs.heads` for vectors (..., hidden) from the functions above.
+
+        They are float32, or float64 where the run is: write losses without casts, or the proofs see the rounding.
+        """
         ...
 
 

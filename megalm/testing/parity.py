@@ -1,0 +1,104 @@
+"""One measure of parity, for every kind of rank.
+
+A layout is right where its loss and *every* gradient equal those of one rank. Gradients are compared as logical tensors,
+because two of the classic mistakes leave the loss right.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megalm.model.language_model import LanguageModel
+from megalm.nn.module import materialise
+from megalm.optim.gradients import finish_gradients, global_norm
+from megalm.optim.weights import DTYPES, Weights
+from megalm.parallel.mesh import ParallelContext
+from megalm.train.feed import TrainFeed
+from megalm.train.prepare import Prepared
+from megalm.train.step import forward_backward
+
+LOSS, NORM = "loss", "grad_norm"
+VANISHING = ("*.attention.k.bias",)
+"""Tensors whose true gradient is zero without rotary positions: softmax does not see what all keys share."""
+
+
+def loss_and_gradients(
+    prepared: Prepared, parallel: ParallelContext, *, step: int = 0, micro_batch: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Loss, terms, gradient norm and every whole logical gradient of one training step, in the run's precision.
+
+    ``micro_batch`` overrides the configured one, to vary the accumulation.
+    """
+    config = prepared.resolved.config
+    dtype = DTYPES[config.train.precision]
+    model = LanguageModel(prepared.spec, parallel)
+    materialise(model, parallel, config.run.seed, torch.float64 if dtype == torch.float64 else torch.float32)
+    weights = Weights(model, parallel, dtype)
+    feed = TrainFeed(
+        prepared.objective,
+        prepared.train,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=micro_batch or config.train.micro_batch,
+        dp_index=parallel.dp.index,
+        dp_size=parallel.dp.size,
+    )
+    losses = forward_backward(model, prepared.objective, feed.step(step), seed=config.run.seed, step=step)
+    finish_gradients(weights)
+    out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
+    out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})
+    out.update(whole_gradients(weights))
+    return out
+
+
+def whole_gradients(weights: Weights) -> dict[str, torch.Tensor]:
+    """Every logical gradient, whole, on every rank."""
+    parallel, out = weights.parallel, {}
+    for piece in weights.gradient_pieces():
+        whole = piece.local.new_zeros(piece.part.shape)
+        owned = piece.part.owned({**parallel.indices, "dp": 0})
+        if owned is not None:
+            whole[tuple(slice(*r) for r in owned)] = piece.view(owned)
+        out[piece.name] = parallel.tp.all_reduce(whole).cpu()
+    return out
+
+
+def differences(
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    *,
+    rtol: float,
+    vanishing: Sequence[str] = VANISHING,
+) -> list[str]:
+    """What differs: max|a - b| > rtol * max(max|b|, 1e-3 * RMS of the whole gradient), each as a line; best empty.
+
+    Tensors that match ``vanishing`` and are zero but for rounding in ``expected`` must be so in ``found`` as well.
+    """
+    out = [f"{name}: missing" for name in sorted(set(expected) - set(found))]
+    out += [f"{name}: not expected" for name in sorted(set(found) - set(expected))]
+    gradients = [b.double().flatten() for name, b in expected.items() if not name.startswith((LOSS, NORM))]
+    rms = torch.cat(gradients).square().mean().sqrt().item() if gradients else 0.0
+    for name in sorted(set(found) & set(expected)):
+        a, b = found[name].double(), expected[name].double()
+        if a.shape != b.shape:
+            out.append(f"{name}: shape {list(a.shape)}, expected {list(b.shape)}")
+            continue
+        size, error = b.abs().max().item(), (a - b).abs().max().item()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in vanishing) and size <= rtol * rms:
+            error, limit = a.abs().max().item(), rtol * rms
+        else:
+            limit = rtol * max(size, 1e-3 * rms)
+        if not error <= limit:
+            out.append(f"{name}: differs by {error:.3e}, largest value {size:.3e}, allowed {limit:.3e}")
+    return out
+
+
+def assert_parity(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, rtol: float, label: str = ""
+) -> None:
+    """AssertionError that lists every difference."""
+    if found_differences := differences(found, expected, rtol=rtol):
+        raise AssertionError(f"{label or 'layout'} differs:\n" + "\n".join(f"  {line}" for line in found_differences))
