@@ -54,6 +54,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without added special tokens."""
 
+    def encode_segments(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Ids of documents that are given as consecutive segments (sentences): for each document, a list a segment.
+
+        A document's lists, joined, should be the ids of its whole text, so that sentence boundaries do not change the
+        tokens: override this where the library tells offsets. Here, every segment is encoded on its own.
+        """
+        flat = iter(self.encode_batch([segment for document in documents for segment in document]))
+        return [[next(flat) for _ in document] for document in documents]
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""

@@ -1,0 +1,223 @@
+"""``megalm data``: text to token stores, tokenizers to train, and a look at what came out."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megalm.cli.options import Plugins, names
+from megalm.config.settings import Settings
+from megalm.data.readers import DOCUMENTS
+from megalm.data.tokenizer import Resolve, tokenizer_from_spec
+from megalm.errors import ConfigError, DataError
+
+app = typer.Typer(
+    name="data",
+    help="Prepare and inspect data, and train tokenizers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(metavar="INPUT...", help="Text or JSONL files (.jsonl, .ndjson, .json), gzip of either."),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder to write.")]
+Cut = Annotated[
+    str,
+    typer.Option(
+        "--documents",
+        metavar="HOW",
+        help="What is a document in a text file: blank-line (text between empty lines), line, or file. "
+        "A JSONL row always is one.",
+    ),
+]
+TextKey = Annotated[str, typer.Option("--text-key", metavar="KEY", help="Key of the text in JSONL rows.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Store = Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by megalm data prepare.")]
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    out: Out,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--tokenizer",
+            metavar="SPEC",
+            help="byte, sentencepiece:FILE.model, hf:tokenizer.json, or a folder of train-tokenizer.",
+        ),
+    ] = "byte",
+    validation: Annotated[
+        float, typer.Option("--validation", metavar="SHARE", help="Share of documents held out, chosen by their hash.")
+    ] = 0.1,
+    documents: Cut = "blank-line",
+    text_key: TextKey = "text",
+    overwrite: Overwrite = False,
+    plugins: Plugins = None,
+) -> None:
+    """Tokenise text into a memory-mapped store with a train and a validation part."""
+    from megalm.data.prepare import prepare as run
+
+    how = _documents(documents)
+    component, loaded = tokenizer_from_spec(tokenizer, resolver(plugins))
+    with _progress("preparing") as progress:
+        manifest = run(
+            inputs,
+            loaded,
+            out,
+            component=component,
+            validation=validation,
+            documents=how,
+            text_key=text_key,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for name, part in manifest.parts.items():
+        typer.echo(
+            f"{name}: {part.tokens:,} tokens, {part.sentences:,} sentences, {part.documents:,} documents "
+            f"({part.tokens / part.documents:.1f} tokens each)"
+        )
+    if manifest.dropped_documents:
+        typer.echo(f"dropped {manifest.dropped_documents:,} documents that have no tokens")
+    typer.echo(f"wrote {out}")
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Tokenizer component: sentencepiece, hf, ...")],
+    inputs: Inputs,
+    out: Out,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Setting of the tokenizer, such as vocab_size=8000; repeatable."
+        ),
+    ] = None,
+    documents: Cut = "blank-line",
+    text_key: TextKey = "text",
+    overwrite: Overwrite = False,
+    plugins: Plugins = None,
+) -> None:
+    """Train a tokenizer; name its folder as --tokenizer of prepare."""
+    from megalm.data.learn import train_tokenizer as run
+
+    how = _documents(documents)
+    cls = resolver(plugins)(kind)
+    cfg = _settings(cls.Config, kind, sets or [])
+    with _progress("reading") as progress:
+        tokenizer = run(
+            cls,
+            cfg,
+            inputs,
+            out,
+            component=kind,
+            documents=how,
+            text_key=text_key,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    special = ", ".join(f"{name} {index}" for name, index in asdict(tokenizer.special).items() if index is not None)
+    typer.echo(f"{kind}: vocabulary {tokenizer.vocab_size:,}, special tokens: {special or 'none'}")
+    typer.echo(f"identity {tokenizer.identity}")
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def inspect(
+    store: Store,
+    part: Annotated[str, typer.Option("--part", metavar="PART", help="train or validation.")] = "train",
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=0, help="Documents to decode.")] = 3,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare all hashes first.")] = False,
+    plugins: Plugins = None,
+) -> None:
+    """Show a store's manifest, decoded documents, and how long documents are."""
+    from megalm.cli.show_store import show_store
+
+    show_store(store, part, samples, verify, resolver(plugins))
+
+
+@app.command()
+def baselines(store: Store, json: Json = False) -> None:
+    """Cross-entropies of a unigram and a smoothed bigram model: fitted on train, scored on validation."""
+    from megalm.data.ngram import baselines as score
+    from megalm.data.store import TokenStore
+
+    train, validation = TokenStore.open(store, "train"), TokenStore.open(store, "validation")
+    found = score(train, validation, train.vocab_size)
+    if json:
+        typer.echo(jsonlib.dumps(asdict(found)))
+        return
+    typer.echo(f"unigram {found.unigram:.4f} nats per token")
+    typer.echo(f"bigram  {found.bigram:.4f} nats per token")
+    typer.echo(f"over {found.tokens:,} tokens of the validation part")
+
+
+def resolver(plugins: str | None) -> Resolve:
+    """Tokenizer classes by component name, from the installed plugins or exactly those of ``--plugins``."""
+    from megalm.plugin.manager import PluginManager
+
+    manager = PluginManager.for_launch(names(plugins))
+
+    def resolve(name: str) -> Any:
+        return manager.load_class("tokenizers", name)
+
+    return resolve
+
+
+def _documents(text: str) -> Any:
+    if text not in DOCUMENTS:
+        raise DataError(f"--documents {text}: expected one of {', '.join(DOCUMENTS)}")
+    return text
+
+
+def _settings(model: type[Settings], owner: str, pairs: Sequence[str]) -> Settings:
+    """The tokenizer's settings from ``KEY=VALUE`` pairs; ConfigError with all that is wrong."""
+    from megalm.config.source import parse_override
+    from megalm.config.validate import validate
+
+    problems: list[str] = []
+    given: dict[str, str] = {}
+    table: dict[str, Any] = {}
+    for pair in pairs:
+        try:
+            keys, value = parse_override(pair)
+        except ValueError as error:
+            problems.append(f"--set {pair}: {error}")
+            continue
+        given[keys[0]] = pair
+        inner = table
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = value
+    cfg, wrong = validate(model, table, prefix=(owner,), owner=f"tokenizer {owner}")
+    problems += [
+        p.line(f"--set {given[str(p.path[1])]}" if p.path[1:2] and p.path[1] in given else "--set") for p in wrong
+    ]
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    return cfg
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,55 @@
+"""Training a tokenizer on the documents of input files, into a folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megalm.config.settings import Settings
+from megalm.data.folder import new_folder
+from megalm.data.readers import Documents, Source, check_input, read_documents
+from megalm.data.tokenizer import DESCRIPTOR, save_tokenizer
+from megalm.plugin.contract.tokenizer import Tokenizer
+
+
+def train_tokenizer(
+    cls: type[Tokenizer],
+    cfg: Settings,
+    inputs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    component: str,
+    documents: Documents = "blank-line",
+    text_key: str = "text",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tokenizer:
+    """Train ``cls``, the plugin component ``component``, on the documents of ``inputs`` and save it in the new folder
+    ``out``.
+
+    Raises DataError for unusable input or output, TokenizerError where nothing can be learnt.
+    """
+    paths = [Path(path) for path in inputs]
+    total = sum(check_input(path) for path in paths)
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    def texts() -> Iterator[str]:
+        for path in paths:
+            with Source(path, tick) as source:
+                yield from read_documents(source, documents, text_key)
+
+    with new_folder(Path(out), overwrite=overwrite, is_ours=is_tokenizer, what="tokenizer") as folder:
+        tokenizer = cls.train(texts(), cfg)
+        save_tokenizer(tokenizer, component, folder)
+    return tokenizer
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a saved tokenizer: may ``overwrite`` replace it?"""
+    return (folder / DESCRIPTOR).is_file()

@@ -1,0 +1,121 @@
+"""``manifest.json``: what a token store holds, what it was made from and how.
+
+It is sealed with a hash of itself: a count or a tokenizer identity that somebody edited is refused, instead of being
+believed. It holds no time and no host name, so that the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megalm.config.settings import Settings
+from megalm.errors import DataError
+
+NAME = "manifest.json"
+FORMAT = "megalm-token-store"
+VERSION = 1
+
+
+class FileRecord(Settings):
+    """A file of the store."""
+
+    bytes: int
+    """Exact size."""
+    sha256: str
+    """Hex digest of the whole file."""
+
+
+class PartRecord(Settings):
+    """One part (train, validation) of the store."""
+
+    documents: int
+    sentences: int
+    tokens: int
+    """Length of the stream, end-of-document tokens included."""
+    files: dict[str, FileRecord]
+    """By file name."""
+
+
+class TokenizerRecord(Settings):
+    """The tokenizer that made the ids."""
+
+    component: str
+    """Name of the plugin component."""
+    identity: str
+    """Hash of what decides the ids."""
+    vocab_size: int
+    eos: int | None
+    """Id that ends every document, where the tokenizer has one."""
+
+
+class SourceRecord(Settings):
+    """An input file."""
+
+    path: str
+    """As it was given."""
+    bytes: int
+    """Size on disk, compressed where it is."""
+    sha256: str
+    """Hex digest of the file on disk."""
+    documents: int
+    """Documents read from it, repeated and dropped ones included."""
+
+
+class Manifest(Settings):
+    """Everything that is known of a store without opening its parts."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    tokenizer: TokenizerRecord
+    parts: dict[str, PartRecord]
+    """By name; ``validation`` is absent where none was asked for."""
+    sources: list[SourceRecord]
+    options: dict[str, str | float]
+    """Options of the preparation."""
+    dropped_documents: int
+    """Documents without a single token."""
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json``; the caller makes the folder durable."""
+        content = self.model_dump(mode="json")
+        text = json.dumps({**content, "checksum": _checksum(content)}, indent=2, ensure_ascii=False)
+        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check ``manifest.json``. DataError where the folder is no store, or the manifest was altered."""
+        path = folder / NAME
+        if not path.is_file():
+            what = "has no manifest.json" if folder.is_dir() else "is not a folder" if folder.exists() else "is missing"
+            raise DataError(f"{folder}: no token store here, it {what}; write one with: megalm data prepare")
+        try:
+            content = json.loads(path.read_bytes().decode("utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not valid JSON ({error}); the store is damaged, prepare it again") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise DataError(f'{path}: not the manifest of a token store: "format" is not "{FORMAT}"')
+        if content.get("version") != VERSION:
+            raise DataError(f"{path}: format version {content.get('version')!r}, this megalm reads version {VERSION}")
+        checksum = content.pop("checksum", None)
+        if checksum != _checksum(content):
+            raise DataError(
+                f"{path}: altered after it was written: its checksum does not match; prepare the data again"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(key) for key in first["loc"])
+            raise DataError(f"{path}: {where}: {first['msg']}; prepare the data again") from None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()

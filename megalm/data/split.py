@@ -1,0 +1,44 @@
+"""Which part a document belongs to: decided by its text alone.
+
+So the split needs no seed, does not depend on the order of the inputs, stays when documents are added, and puts equal
+documents on the same side, where they cannot leak from training into validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+_SPAN = 1 << 64
+
+
+class Split:
+    """Sends a share of the documents to validation: those whose hash is below a limit."""
+
+    def __init__(self, validation: float) -> None:
+        self._limit = int(validation * _SPAN)
+        self._lowest = _SPAN
+        self._highest = -1
+
+    @staticmethod
+    def key(text: str) -> int:
+        """64-bit hash of a document."""
+        return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+    def side(self, key: int) -> str:
+        """Name of the part."""
+        return "validation" if key < self._limit else "train"
+
+    def note(self, key: int) -> None:
+        """Remember that a document was kept, for :meth:`narrow`."""
+        self._lowest = min(self._lowest, key)
+        self._highest = max(self._highest, key)
+
+    @property
+    def one_document(self) -> bool:
+        """All documents noted are equal: two parts cannot both have one."""
+        return self._lowest >= self._highest
+
+    def narrow(self) -> None:
+        """Move the limit, so that neither part is empty: validation gets at least the lowest hash, never the
+        highest."""
+        self._limit = min(max(self._limit, self._lowest + 1), self._highest)

@@ -1,0 +1,56 @@
+"""UTF-8 bytes as tokens: 256 values and six special tokens. Nothing to train, nothing to load, no text it cannot
+hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalm.api import Settings, SpecialTokens, Tokenizer
+
+_NAMES = ("pad", "eos", "bos", "cls", "sep", "mask")
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8; pad, eos, bos, cls, sep and mask follow in this order."""
+
+    Config = Settings
+
+    @classmethod
+    def train(cls, texts: Iterable[str], cfg: Any) -> ByteTokenizer:
+        """There is nothing to learn; the texts are not read."""
+        return cls()
+
+    @classmethod
+    def load(cls, path: Path) -> ByteTokenizer:
+        """There is nothing to load; ``path`` is not read."""
+        return cls()
+
+    def save(self, folder: Path) -> None:
+        """There is nothing to save."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are not valid UTF-8, such as a character cut in half, become U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    @property
+    def vocab_size(self) -> int:
+        return 256 + len(_NAMES)
+
+    @property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens(**{name: 256 + i for i, name in enumerate(_NAMES)})
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(f"byte 1 {' '.join(_NAMES)}".encode()).hexdigest()
+
+    def token(self, index: int) -> str:
+        if index >= 256:
+            return f"<{_NAMES[index - 256]}>"
+        return chr(index) if 32 <= index < 127 else f"<0x{index:02X}>"

@@ -1,0 +1,207 @@
+"""Hugging Face tokenizers: loads any ``tokenizer.json``; trains byte-level BPE and WordPiece.
+
+Text is text: where a corpus spells a special token (``</s>``), it is encoded as the characters it is, so that no
+document can end itself or carry a mask. The file is kept as it was read: identities outlive changes in how the
+library writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+from pydantic import Field
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError
+from megalm_plugins.tokenizers.segments import cut_at_segments
+
+_FILE = "tokenizer.json"
+_NOT_IN_IDS = ("truncation", "padding", "decoder", "post_processor")
+"""Sections that do not decide the ids of a text without added special tokens."""
+_ROLES = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
+    "eos": ("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|eos|>"),
+    "bos": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>"),
+    "cls": ("[CLS]", "<cls>", "<s>"),
+    "sep": ("[SEP]", "<sep>", "</s>"),
+    "mask": ("[MASK]", "<mask>", "<|mask|>"),
+    "unk": ("[UNK]", "<unk>", "<|unk|>"),
+}
+"""Common names of the special tokens, the first found counts. RoBERTa's <s> and </s> serve as cls and sep too."""
+_BPE_SPECIAL = ("<pad>", "<eos>", "<bos>", "<cls>", "<sep>", "<mask>")
+_WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[EOS]", "[BOS]")
+_CONTINUES = "##"
+
+
+class HFConfig(Settings):
+    """How a tokenizer is trained."""
+
+    vocab_size: int = Field(default=8000, ge=8)
+    """Entries, special tokens and the alphabet included."""
+    model: Literal["bpe", "wordpiece"] = "bpe"
+    """``bpe``: GPT-2's byte-level BPE, lossless. ``wordpiece``: BERT's."""
+    min_frequency: int = Field(default=2, ge=1)
+    """A pair seen less often is not merged."""
+    lowercase: bool = True
+    """WordPiece only: lower case, and accents stripped."""
+
+
+class HFTokenizer(Tokenizer):
+    """Whatever a ``tokenizer.json`` describes. Special tokens are recognised by their common names."""
+
+    Config = HFConfig
+
+    def __init__(self, text: str, source: str) -> None:
+        """``text`` is the contents of a tokenizer.json; ``source`` names it in messages."""
+        try:
+            self._content = json.loads(text)
+            self._hf = tokenizers.Tokenizer.from_str(text)
+            self._hf.no_padding()
+            self._hf.no_truncation()
+            self._hf.encode_special_tokens = True
+            vocab = self._hf.get_vocab(with_added_tokens=True)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{source}: not a tokenizer.json that can be used: {error}") from None
+        if not vocab:
+            raise TokenizerError(f"{source}: a tokenizer with an empty vocabulary")
+        self._text = text
+        self._size = max(vocab.values()) + 1
+        added = {token.content: index for index, token in self._hf.get_added_tokens_decoder().items()}
+        self._special = SpecialTokens(
+            **{role: next((added[n] for n in names if n in added), None) for role, names in _ROLES.items()}
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], cfg: Any) -> HFTokenizer:
+        try:
+            trained = _train_bpe(texts, cfg) if cfg.model == "bpe" else _train_wordpiece(texts, cfg)
+        except TokenizerError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"hf: cannot train: {error}") from error
+        return cls(trained.to_str(), "the trained tokenizer")
+
+    @classmethod
+    def load(cls, path: Path) -> HFTokenizer:
+        file = path / _FILE if path.is_dir() else path
+        try:
+            text = file.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise TokenizerError(f"{file}: cannot be read: {error.strerror}; expected a tokenizer.json") from None
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file}: not UTF-8 text at offset {error.start}; expected a tokenizer.json") from None
+        return cls(text, str(file))
+
+    def save(self, folder: Path) -> None:
+        (folder / _FILE).write_bytes(self._text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_segments(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        found = self._hf.encode_batch(["".join(segments) for segments in documents], add_special_tokens=False)
+        return [
+            cut_at_segments(text.ids, list(accumulate((start for start, _ in text.offsets), max)), segments)
+            for text, segments in zip(found, documents, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        hidden = set(self._special.ids()) - {self._special.unk}
+        return str(self._hf.decode([int(i) for i in ids if i not in hidden], skip_special_tokens=False))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    @property
+    def special(self) -> SpecialTokens:
+        return self._special
+
+    @property
+    def identity(self) -> str:
+        decides = {key: value for key, value in self._content.items() if key not in _NOT_IN_IDS}
+        canonical = json.dumps(decides, sort_keys=True, separators=(",", ":")).encode("ascii")
+        return hashlib.sha256(b"hf 1\0" + canonical).hexdigest()
+
+    def token(self, index: int) -> str:
+        return self._hf.id_to_token(index) or f"<unused {index}>"
+
+
+def _train_bpe(texts: Iterable[str], cfg: HFConfig) -> tokenizers.Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    _check_room(cfg, len(alphabet) + len(_BPE_SPECIAL), "256 bytes")
+    result = tokenizers.Tokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=cfg.vocab_size,
+        min_frequency=cfg.min_frequency,
+        special_tokens=list(_BPE_SPECIAL),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    result.train_from_iterator(_required(texts), trainer)
+    return result
+
+
+def _train_wordpiece(texts: Iterable[str], cfg: HFConfig) -> tokenizers.Tokenizer:
+    """The library numbers the alphabet in the order of a hash map, and merges ties by number: two runs differ. Listing
+    the alphabet as special tokens first, in order, makes it repeatable; the result is built from the vocabulary
+    alone."""
+    normalizer = normalizers.BertNormalizer(lowercase=cfg.lowercase)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+        splitter = pre_tokenizers.BertPreTokenizer()
+        characters: set[str] = set()
+        tails: set[str] = set()
+        for text in _required(texts):
+            words = [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+            characters.update(*words)
+            tails.update(*(word[1:] for word in words))
+            spool.write(" ".join(words) + "\n")
+        alphabet = sorted(characters) + [_CONTINUES + character for character in sorted(tails)]
+        _check_room(cfg, len(alphabet) + len(_WORDPIECE_SPECIAL), f"the {len(characters)} characters of the text")
+        spool.seek(0)
+        learner = _wordpiece({"[UNK]": 0}, normalizer)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=cfg.vocab_size,
+            min_frequency=cfg.min_frequency,
+            special_tokens=[*_WORDPIECE_SPECIAL, *alphabet],
+            continuing_subword_prefix=_CONTINUES,
+            show_progress=False,
+        )
+        learner.train_from_iterator(spool, trainer)
+    result = _wordpiece(learner.get_vocab(), normalizer)
+    result.add_special_tokens(list(_WORDPIECE_SPECIAL))
+    return result
+
+
+def _wordpiece(vocab: dict[str, int], normalizer: Any) -> tokenizers.Tokenizer:
+    result = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", continuing_subword_prefix=_CONTINUES))
+    result.normalizer = normalizer
+    result.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    result.decoder = decoders.WordPiece(prefix=_CONTINUES)
+    return result
+
+
+def _check_room(cfg: HFConfig, least: int, what: str) -> None:
+    if cfg.vocab_size < least:
+        raise TokenizerError(f"hf: vocab_size {cfg.vocab_size} is too small: special tokens and {what} take {least}")
+
+
+def _required(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = False
+        yield text
+    if empty:
+        raise TokenizerError(
+            "hf: no text to learn from; train it with: megalm data train-tokenizer hf INPUT..., "
+            "or load hf:tokenizer.json"
+        )
