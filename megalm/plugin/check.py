@@ -52,11 +52,11 @@ def check_hooks(plugin: object) -> list[str]:
 
 
 def _candidates(plugin: object) -> Iterator[tuple[str, dict[str, object] | None]]:
-    """(name, options of the marker) of each routine that is marked or named like a hook."""
+    """(name, options of the marker) of each routine that is marked or named like a hook; its name is the hook's."""
     for name in dir(plugin):
         value = getattr(plugin, name, None)
         if not inspect.isroutine(value):
             continue
         marked = getattr(value, f"{PROJECT}_impl", None)
         if marked is not None or name.startswith(f"{PROJECT}_"):
-            yield name, marked
+            yield str((marked or {}).get("specname") or name), marked

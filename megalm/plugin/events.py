@@ -63,8 +63,7 @@ class EventHooks:
 
 
 def _code(impl: HookImpl) -> CodeType | None:
-    function = getattr(impl.function, "__func__", impl.function)
-    return getattr(function, "__code__", None)
+    return getattr(impl.function, "__code__", None)
 
 
 def _codes(error: BaseException) -> Iterator[CodeType]:

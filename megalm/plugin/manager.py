@@ -97,7 +97,7 @@ class PluginManager:
         try:
             self._pluggy.register(plugin, name)
         except (pluggy.PluginValidationError, ValueError) as error:
-            if self._pluggy.has_plugin(name):
+            if self._pluggy.has_plugin(name):  # pluggy 1.6 and older keep what they registered before the error
                 self._pluggy.unregister(name=name)
             raise PluginError(" ".join(str(error).split())) from error
 

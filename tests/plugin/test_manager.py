@@ -124,14 +124,13 @@ def test_every_failure_in_one_report(fake_dist):
 
 
 def test_a_failed_plugin_leaves_no_hooks_behind(fake_dist):
-    bad = "@hookimpl\ndef megalm_objectives(): return ()\n@hookimpl\ndef megalm_step_end(run, nope): ...\n"
+    bad = "@hookimpl\ndef megalm_log(): return 1\n@hookimpl\ndef megalm_step_end(run, nope): ...\n"
     fake_dist("d", {"bad": "bad_mod"}, {"bad_mod.py": HEAD + bad})
     manager = PluginManager()
     with pytest.raises(PluginError):
         manager.load([i for i in discovery.discover() if i.dist == "d"])
     assert manager.plugins == {}
-    assert manager.hook.megalm_step_end(run=None, step=0, metrics={}) == []
-    assert manager.registry("objectives") == {}
+    assert manager.hook.megalm_log(run=None, step=0, metrics={}) == []
     manager.check_pending()
 
 
@@ -139,6 +138,15 @@ def test_an_older_minor_and_fewer_arguments_load(fake_dist):
     source = HEAD.replace("(1, 0)", f"({API_VERSION[0]}, 0)") + "@hookimpl\ndef megalm_step_end(step): return step\n"
     fake_dist("d", {"old": "old_mod"}, {"old_mod.py": source})
     assert load("old").hook.megalm_step_end(run=None, step=7, metrics={}) == [7]
+
+
+def test_a_function_may_name_its_hook(fake_dist):
+    source = HEAD + "@hookimpl(specname='megalm_should_stop')\ndef stop(step): return 'now'\n"
+    source += "@hookimpl(optionalhook=True)\ndef megalm_of_a_later_version(): ...\n"
+    fake_dist("d", {"named": "named_mod"}, {"named_mod.py": source})
+    manager = load("named")
+    assert manager.hook.megalm_should_stop(run=None, step=7) == ["now"]
+    manager.check_pending()
 
 
 def test_an_object_as_entry_point(fake_dist):
