@@ -8,6 +8,7 @@ tables and every kind of string, and it is tested against what ``tomllib`` finds
 from __future__ import annotations
 
 import bisect
+import contextlib
 import re
 import tomllib
 
@@ -24,8 +25,14 @@ _SCALAR = re.compile(r"[^,\]}#\n]*")
 
 
 def key_lines(text: str) -> dict[Path, int]:
-    """Line (from 1) of each table, key and array element of valid TOML."""
-    return _Scanner(text.replace("\r\n", "\n")).scan()
+    """Line (from 1) of each table, key and array element of valid TOML.
+
+    Lines are an aid to messages: of text that the scanner cannot follow, those up to there are returned.
+    """
+    scanner = _Scanner(text.replace("\r\n", "\n"))
+    with contextlib.suppress(IndexError, ValueError):
+        scanner.scan()
+    return scanner.lines
 
 
 class _Scanner:
@@ -37,14 +44,13 @@ class _Scanner:
         self.arrays: dict[Path, int] = {}
         """Arrays of tables, and the index of the last table in each."""
 
-    def scan(self) -> dict[Path, int]:
+    def scan(self) -> None:
         table: Path = ()
         while self.skip(_BLANK) < len(self.text):
             if self.text[self.at] == "[":
                 table = self.header()
             else:
                 self.key_value(table)
-        return self.lines
 
     def skip(self, pattern: re.Pattern[str]) -> int:
         match = pattern.match(self.text, self.at)
@@ -114,8 +120,8 @@ class _Scanner:
             self.at += 1
             while self.next_item("}"):
                 self.key_value(path)
-        else:
-            self.skip(_SCALAR)
+        elif not self.take(_SCALAR):
+            raise ValueError(f"no value at offset {self.at}")
 
     def next_item(self, end: str) -> bool:
         """Move to the next item of an array or inline table; false at its end, which is passed."""

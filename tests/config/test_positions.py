@@ -93,6 +93,13 @@ def test_small_files(text):
     assert set(key_lines(text)) == {path for path, _ in walk(tomllib.loads(text))}
 
 
+@pytest.mark.parametrize(
+    "text", ["a = 1\nb = [}", "a = 1\nb = [1 2", "a = 1\n= 3", "a = 1\n{", "a = 1\nb", 'a = 1\nb = "']
+)
+def test_what_is_no_toml_ends_too(text):
+    assert key_lines(text)["a",] == 1
+
+
 KEYS = st.sampled_from(["a", "b-2", '"q u"', "'l.t'", '"#="', "7"])
 DOTTED = st.lists(KEYS, min_size=1, max_size=3).map(".".join)
 TEXTS = st.sampled_from(['"x # \\" ["', "'[a]'", '"""\nk = 1\n"""', "'''a\n\n'''", "true", "1e-3", "[]", "{}", "inf"])
