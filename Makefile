@@ -51,7 +51,8 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 quickstart: $(VENV)/.installed
-	@test -e $(DATA)/meta.json || $(BIN)/megalm data prepare examples/data/shakespeare.txt --tokenizer byte --out $(DATA)
+	@test -e $(DATA)/manifest.json || $(BIN)/megalm data prepare examples/data/shakespeare.txt --tokenizer byte --out $(DATA)
+	@$(BIN)/megalm data baselines $(DATA)
 	@$(BIN)/torchrun --nproc-per-node 2 -m megalm.launch examples/quickstart.toml
 
 lint: $(VENV)/.installed-dev

@@ -16,9 +16,7 @@ from typing import Any, Protocol
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 SPEED_WINDOW = 50
@@ -116,7 +114,7 @@ class Console:
         self, every: int = 1, rich: RichConsole | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._every = every
-        self._rich = rich or RichConsole(highlight=False, soft_wrap=True)
+        self._rich = rich or RichConsole(highlight=False)
         self._task = TaskID(0)
         self._clock = clock
         self._live: Live | None = None
@@ -188,7 +186,7 @@ class Console:
         return (last_time - first_time) / (last_step - first_step) * (self._total - step)
 
     def _line(self, text: str, style: str | None) -> None:
-        self._rich.print(Text(self._showable(text), style=style or ""))
+        self._rich.print(Text(self._showable(text), style=style or ""), soft_wrap=True)
 
     def _showable(self, text: str) -> str:
         """``text`` without control characters, which a model may generate, and in what the output can encode."""
@@ -196,10 +194,10 @@ class Console:
         return clean.encode(self._rich.encoding, errors="replace").decode(self._rich.encoding)
 
     def _view(self) -> Group:
-        table = Table.grid(padding=(0, 2))
         left = duration(self._seconds_left(self._pace[-1][1])) if self._pace else "-"
         shown = [*self._latest, ("time left", left), *((f"eval {name}", value) for name, value in self._eval)]
-        for _ in shown:
-            table.add_column(no_wrap=True)
-        table.add_row(*(f"[dim]{escape(name)}[/] [bold]{escape(value)}[/]" for name, value in shown))
-        return Group(self._progress, table)
+        line = Text()
+        for name, value in shown:
+            line.append(name.replace(" ", "\N{NO-BREAK SPACE}") + "\N{NO-BREAK SPACE}", style="dim")
+            line.append(value, style="bold").append("   ")
+        return Group(self._progress, line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -124,7 +125,8 @@ def render(run: Run) -> str:
         _tiles(run),
         _warnings(run, charts),
         '<div class="charts">' + "".join(_chart_card(chart) for chart in charts) + "</div>",
-        '<div class="facts">' + _sample(run) + _layout(run) + _provenance(run) + "</div>",
+        f'<div class="facts">{_sample(run)}',
+        f'<div class="stack">{_layout(run)}{_plugins(run)}</div>{_provenance(run)}</div>',
         _config(run),
     ]
     assets = resources.files("megalm.metrics") / "assets"
@@ -310,10 +312,16 @@ def _provenance(run: Run) -> str:
     facts |= {f"eval {name}": f"{value:.4f}" for name, value in (run.summary.get("eval_terms") or {}).items()}
     facts |= {f"baseline: {name}": f"{value:.4f}" for name, value in (run.summary.get("baselines") or {}).items()}
     facts |= run.summary.get("versions") or {}
-    for name, facts_of in (run.summary.get("plugins") or {}).items():
-        values = facts_of.values() if isinstance(facts_of, Mapping) else [facts_of]
-        facts[f"plugin {name}"] = " ".join(map(str, values))
     return f'<section class="card"><h2>Provenance</h2>{_table(facts)}</section>' if facts else ""
+
+
+def _plugins(run: Run) -> str:
+    """Name to facts; a hash is shown by its first digits, the rest is in summary.json."""
+    rows: dict[str, str] = {}
+    for name, facts in (run.summary.get("plugins") or {}).items():
+        values = [str(value) for value in (facts.values() if isinstance(facts, Mapping) else [facts])]
+        rows[name] = " ".join(value[:12] if re.fullmatch("[0-9a-f]{64}", value) else value for value in values)
+    return f'<section class="card"><h2>Plugins</h2>{_table(rows)}</section>' if rows else ""
 
 
 def _sample(run: Run) -> str:

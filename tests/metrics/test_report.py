@@ -43,7 +43,8 @@ def make_run(folder: Path, steps: int = 60, hostile: str = "") -> Path:
     summary = {"steps": steps, "samples": steps * 8, "tokens": steps * 512, "train_loss": 2.05, "eval_loss": 2.1512}
     summary |= {"eval_terms": {"mlm": 1.55}, "tokens_per_second": 21034.5, "seconds": 155.0}
     summary |= {"weights_sha256": "ab" * 32, "layout": {"tp": 2, "sp": True, "dp": 2}, "device": "cpu" + hostile}
-    summary |= {"versions": {"torch": "2.13.0"}, "plugins": {"p" + hostile: {"dist": "megalm-p", "version": "1.5"}}}
+    plugin = {"dist": "megalm-p", "version": "1.5", "sha256": "cd" * 32}
+    summary |= {"versions": {"torch": "2.13.0"}, "plugins": {"p" + hostile: plugin}}
     summary |= {"baselines": {"unigram": 3.34, "bigram": 2.48}, "warnings": ["mind the gap" + hostile]}
     write_summary(folder, summary)
     return write_report(folder)
@@ -82,7 +83,7 @@ def test_it_holds_the_run(tmp_path: Path) -> None:
     page = Page(make_run(tmp_path))
     for part in ("2.1512", "0.33 below bigram", "21.03k", "2:35", "mlm+nsp", "tp=2 sp dp=2", "To be, or not"):
         assert part in page.text
-    for part in ("mind the gap", "megalm-p 1.5"):
+    for part in ("mind the gap", "megalm-p 1.5 cdcdcdcdcdcd"):
         assert part in page.text
     for part in ("adamw.betas", "[0.9, 0.95]", "dp 1 · tp 1", "finished", "torch", "ab" * 32):
         assert part in page.text
@@ -113,7 +114,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     hostile.mkdir()
     page = Page(make_run(hostile, hostile=EVIL))
     assert page.tags == Page(make_run(honest)).tags
-    for around in ("To be, or not", "mind the gap", "runs/x", "plugin p"):
+    for around in ("To be, or not", "mind the gap", "runs/x", "cpu"):
         assert around + EVIL in page.text
     assert page.data["charts"][1]["series"][0]["name"] == "mlm" + EVIL
 
