@@ -146,9 +146,8 @@ def _assign(source: Source, keys: tuple[str, ...], value: Any, pair: str) -> Non
             nested = inner.get(key)
             inner[key] = inner = nested if isinstance(nested, dict) else {}
         inner[path[-1]] = leaf
-        for known in [p for p in (*source.sets, *source.lines) if p[: len(path)] == path]:
-            source.sets.pop(known, None)
-            source.lines.pop(known, None)
+        for known in [p for p in source.lines if p[: len(path)] == path]:
+            del source.lines[known]
         source.sets[path] = pair
 
 

@@ -371,6 +371,11 @@ def test_a_wrong_type_shows_the_pair(problems):
     ]
 
 
+def test_an_overridden_list_no_longer_points_into_the_file(problems):
+    (problem,) = problems(swap("[objective.mlm]", "[log]\ncallbacks = ['board']\n[objective.mlm]"), "log.callbacks=[7]")
+    assert problem.startswith("--set log.callbacks=[7]: log.callbacks[0]: expected text")
+
+
 # several plugins that share a name
 
 
