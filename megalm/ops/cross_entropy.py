@@ -50,13 +50,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             stats[0, part], stats[1, part] = top, both[0]
             losses[part] = (both[0].log() - both[1]) * scored[part]
             kept = exponentials if chunk >= tokens else None
-        ctx.save_for_backward(h_TH, weight_VH, bias_V, local, mine, scored, stats, kept)
+        ctx.save_for_backward(h_TH, weight_VH, bias_V, local, mine, scored, stats)
         ctx.chunk = chunk
+        ctx.kept = kept
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        h_TH, weight_VH, bias_V, local, mine, scored, stats, kept = ctx.saved_tensors
+        h_TH, weight_VH, bias_V, local, mine, scored, stats = ctx.saved_tensors
+        # The exponentials become the gradient in place, so a second backward has to compute them again.
+        kept, ctx.kept = ctx.kept, None
         grad_h = torch.empty_like(h_TH)
         grad_weight = None
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
@@ -68,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 exponentials = logits.sub_(stats[0, part, None]).exp_()
             else:
                 exponentials = kept
-            grad_logits = exponentials * (scale[part] / stats[1, part])[:, None]
+            grad_logits = exponentials.mul_((scale[part] / stats[1, part])[:, None])
             grad_logits.scatter_add_(1, local[part, None], -(scale[part] * mine[part])[:, None])
             grad_logits = grad_logits.to(h_TH.dtype)
             torch.mm(grad_logits, weight_VH, out=grad_h[part])

@@ -63,5 +63,8 @@ def start_run_folder(resolved: Resolved) -> None:
     """Create the folder and write the configuration. Rank 0 calls it, after every rank agreed to start."""
     folder = Path(resolved.config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tmp"):
+        # A killed process was about to rename it.
+        left.unlink()
     atomic.write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=1) + "\n")
     atomic.write_text(folder / "config.toml", resolved.to_toml())

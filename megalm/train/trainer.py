@@ -15,9 +15,10 @@ from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
 from megalm.data.ngram import baselines
 from megalm.errors import MegalmError
-from megalm.metrics import atomic
+from megalm.metrics import atomic, jsonl
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
+from megalm.metrics.report import NAME as REPORT
 from megalm.metrics.report import write_report
 from megalm.metrics.summary import read_summary, write_summary
 from megalm.model.language_model import LanguageModel
@@ -76,6 +77,8 @@ class Trainer:
         steps = self.config.train.steps
         if self._finished(done):
             self.console.message(f"the run in {self.prepared.run_dir} is complete ({done} steps); nothing to do")
+            if self.leader and not (self.prepared.run_dir / REPORT).exists():
+                write_report(self.prepared.run_dir)
             self._show(read_summary(self.prepared.run_dir))
             return
         info = RunInfo(
@@ -111,13 +114,11 @@ class Trainer:
     def _train(self, info: RunInfo, done: int) -> None:
         hook, train = self.prepared.manager.hook, self.config.train
         started, tokens = time.perf_counter(), 0
-        losses: Losses | None = None
-        evaluated: Losses | None = None
         step, reason = done, None
         while step < train.steps and reason is None:
             hook.megalm_step_start(run=info, step=step + 1)
             began = time.perf_counter()
-            losses, norm, rate = self._step(info, step)
+            losses, norm, rate = self.train_step(info, step)
             seconds = time.perf_counter() - began
             step += 1
             tokens += self.tokens_per_step
@@ -133,7 +134,7 @@ class Trainer:
             reason = self._should_stop(info, step)
             last = step == train.steps
             if last or (self.config.eval.every and step % self.config.eval.every == 0):
-                evaluated = self._evaluate(info, step, last)
+                self._evaluate(info, step, last)
             if last or reason or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 self._save(info, step)
         if reason is not None:
@@ -141,9 +142,9 @@ class Trainer:
             if step < train.steps:
                 self.console.finish()
                 return
-        self._finish(step, losses, evaluated, time.perf_counter() - started, tokens)
+        self._finish(step, time.perf_counter() - started, tokens)
 
-    def _step(self, info: RunInfo, step: int) -> tuple[Losses, float, float]:
+    def train_step(self, info: RunInfo, step: int) -> tuple[Losses, float, float]:
         """Forward, backward, sums, clipping and update of one step; the first step is 0."""
         rows = self.feed.step(step)
         losses = forward_backward(self.model, self.objective, rows, seed=self.config.run.seed, step=step)
@@ -170,7 +171,7 @@ class Trainer:
             "Lower train.lr, lengthen the warm-up, or look at this step's samples"
         )
 
-    def _evaluate(self, info: RunInfo, step: int, last: bool) -> Losses:
+    def _evaluate(self, info: RunInfo, step: int, last: bool) -> None:
         samples = (self.config.eval.final_samples if last else None) or self.config.eval.samples
         losses = evaluate(
             self.model,
@@ -191,7 +192,6 @@ class Trainer:
         self.console.eval(step, record)
         flat = {"loss": losses.total, **{f"terms.{name}": value for name, value in losses.terms.items()}}
         self.prepared.manager.hook.megalm_eval_end(run=info, step=step, metrics=flat)
-        return losses
 
     def _record(self, info: RunInfo, step: int, record: dict[str, Any]) -> None:
         if self.leader:
@@ -244,20 +244,24 @@ class Trainer:
         complete = done >= self.config.train.steps and bool(read_summary(self.prepared.run_dir))
         return bool(self.parallel.world.broadcast_json(complete))
 
-    def _finish(self, step: int, losses: Losses | None, evaluated: Losses | None, seconds: float, tokens: int) -> None:
+    def _finish(self, step: int, seconds: float, tokens: int) -> None:
         text = self._sample()
         if not self.leader:
             self.parallel.world.barrier()
             return
+        # A run that was killed between its last checkpoint and its summary has them in its metrics only.
+        recorded = jsonl.read(self.metrics.path)
+        train_loss = next((r["loss"] for r in reversed(recorded) if "loss" in r), None)
+        evals = [record["eval"] for record in recorded if "eval" in record]
         folder = self.prepared.run_dir / CHECKPOINTS
         newest = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))[-1]
         summary: dict[str, Any] = {
             "steps": step,
             "samples": step * self.config.train.global_batch,
             "tokens": step * self.tokens_per_step,
-            "train_loss": None if losses is None else losses.total,
-            "eval_loss": None if evaluated is None else evaluated.total,
-            "eval_terms": {} if evaluated is None else evaluated.terms,
+            "train_loss": train_loss,
+            "eval_loss": evals[-1]["loss"] if evals else None,
+            "eval_terms": evals[-1]["terms"] if evals else {},
             "tokens_per_second": tokens / seconds if tokens else None,
             "seconds": seconds,
             "weights_sha256": weights_sha256(newest, read_manifest(newest)),
@@ -284,7 +288,7 @@ class Trainer:
         text = path.read_text(encoding="utf-8") if self.leader and path.exists() else None
         self.console.finish(summary, text)
         self.console.message(f"run folder  {self.prepared.run_dir}")
-        self.console.message(f"report      {self.prepared.run_dir / 'report.html'}")
+        self.console.message(f"report      {self.prepared.run_dir / REPORT}")
 
     def _sample(self) -> str | None:
         wanted = self.config.sample
