@@ -166,6 +166,34 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, random_documents, text_
         assert not any((tmp_path / "deep").iterdir())
 
 
+def test_damaged_inputs_are_read_or_refused_never_worse(tmp_path, random_documents, text_file):
+    rng = random.Random(77)
+    documents = random_documents(1, 40)
+    rows = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in documents)
+    whole = {"a.txt": "\n\n".join(documents).encode(), "a.jsonl": rows.encode()}
+    whole |= {f"{name}.gz": gzip.compress(data) for name, data in whole.items()}
+    refused = 0
+    for number in range(300):
+        name = rng.choice(sorted(whole))
+        data = bytearray(whole[name])
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
+        path = text_file(bytes(data), name)
+        out, problem = tmp_path / f"store{number}", ""
+        try:
+            _run([path], out)
+        except DataError as error:
+            problem = str(error)
+        if problem:
+            assert str(path) in problem
+            assert not out.exists()
+            refused += 1
+        else:
+            assert _both(out)
+    assert 100 < refused < 300
+
+
 def test_missing_folder_and_odd_files(tmp_path, text_file):
     good = text_file("a\n\nb")
     with pytest.raises(DataError, match="no such file"):
