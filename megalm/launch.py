@@ -1,8 +1,8 @@
 """``torchrun ... -m megalm.launch RUN.toml [--set key=value ...] [--plugins a,b]``: one rank of a run.
 
-What can be wrong is looked for before any process group exists. Each rank reports what it found through the rendezvous
-store; if any found something, one rank of each host prints one message, and all exit together: 2 where the user can mend
-it, else 1. Without torchrun the process is a run of one rank.
+What can be wrong is looked for before any process group exists. Each rank reports what it found through the
+rendezvous store; if any found something, one rank of each host prints one message, and all exit together: 2 where the
+user can mend it, else 1. Without torchrun the process is a run of one rank.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def _tell(reports: list[dict[str, Any]], place: Place) -> int:
     if not failed:
         for rank, report in enumerate(reports):
             if report != reports[0]:
-                lines.append(f"megalm: the plugins of rank {rank} differ from those of rank 0: install the same everywhere")
+                lines.append(
+                    f"megalm: the plugins of rank {rank} differ from those of rank 0: install the same everywhere"
+                )
                 break
     if lines and place.local_rank == 0:
         print("\n".join(lines), file=sys.stderr, flush=True)

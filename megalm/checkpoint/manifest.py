@@ -1,9 +1,9 @@
 """What a checkpoint says of itself: logical tensors, the files that hold their slices, and the state of the run.
 
-A checkpoint is a folder ``step-00000100`` with ``manifest.json`` and safetensors files. Names and shapes are logical: no
-fused weights, no padding, no ranks; a slice says which range of a logical tensor a file holds. The manifest is written
-last and lists every file's size and hash, and the folder gets its name last of all, so a folder with that name is
-complete or damaged later, and damage shows.
+A checkpoint is a folder ``step-00000100`` with ``manifest.json`` and safetensors files. Names and shapes are logical:
+no fused weights, no padding, no ranks; a slice says which range of a logical tensor a file holds. The manifest is
+written last and lists every file's size and hash, and the folder gets its name last of all, so a folder with that
+name is complete or damaged later, and damage shows.
 """
 
 from __future__ import annotations
@@ -61,6 +61,16 @@ class Manifest(_Model):
     weights: dict[str, TensorRecord]
     optimizer: dict[str, TensorRecord]
     files: dict[str, FileRecord]
+    sha256: str = ""
+    """Of all the above, see :meth:`digest`; so that a flipped bit in a counter shows as well."""
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the manifest's values, whatever the white space of its file."""
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """The same with its own hash, as it is written."""
+        return self.model_copy(update={"sha256": self.digest()})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -78,6 +88,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: damaged: {where}: {first['msg']}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.format}, but this megalm reads format {FORMAT}")
+    if manifest.sha256 != manifest.digest():
+        raise CheckpointError(f"{path}: damaged: its values differ from the SHA-256 that it was written with")
+    for kind in (manifest.weights, manifest.optimizer):
+        for name, record in kind.items():
+            if unlisted := {part.file for part in record.slices} - set(manifest.files):
+                raise CheckpointError(f"{path}: {name} lies in {min(unlisted)}, which the manifest does not list")
     return manifest
 
 
@@ -97,6 +113,8 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: missing from the checkpoint")
         size = path.stat().st_size
         if size != record.size:
-            raise CheckpointError(f"{path}: has {size} bytes, but the manifest says {record.size}: truncated or altered")
+            raise CheckpointError(
+                f"{path}: has {size} bytes, but the manifest says {record.size}: truncated or altered"
+            )
         if hash_file(path) != record.sha256:
             raise CheckpointError(f"{path}: its SHA-256 differs from the manifest's: altered since it was written")

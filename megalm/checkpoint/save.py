@@ -37,6 +37,8 @@ def save_checkpoint(
             path = work / name
             save_file(tensors, path)
             with path.open("rb") as file:
+                # safetensors makes files that only their owner may read; the folder says who else may.
+                os.fchmod(file.fileno(), work.stat().st_mode & 0o666)
                 os.fsync(file.fileno())
             report["files"][name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     reports = parallel.world.gather_json(report)
@@ -49,7 +51,7 @@ def save_checkpoint(
             weights=_merge(reports, "weights"),
             optimizer=_merge(reports, "optimizer"),
             files={name: FileRecord(**record) for r in reports for name, record in r["files"].items()},
-        )
+        ).sealed()
         with (work / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(manifest.model_dump_json(indent=1))
             file.flush()

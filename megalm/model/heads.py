@@ -8,7 +8,6 @@ from torch import nn
 from megalm.model.spec import ModelSpec
 from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.linear import ZERO, ReplicatedLinear
-from megalm.nn.microbatch import Microbatch
 from megalm.nn.module import ParallelModule
 from megalm.nn.norm import make_norm
 from megalm.ops.activation import ACTIVATIONS

@@ -44,17 +44,15 @@ class LanguageModel(nn.Module):
 class ModelLossContext:
     """:class:`megalm.plugin.contract.objective.LossContext` for one microbatch.
 
-    Whatever it returns is replicated over the tensor-parallel axis, and its adjoints rely on that: a loss computed from it
-    is the same on every rank of the axis, and so is the gradient that comes back.
+    Whatever it returns is replicated over the tensor-parallel axis, and its adjoints rely on that: a loss computed
+    from it is the same on every rank of the axis, and so is the gradient that comes back.
     """
 
     def __init__(self, model: LanguageModel, batch: Microbatch) -> None:
         self._model = model
         self._batch = batch
 
-    def lm_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def lm_loss(self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
         head = self._model.lm_head
         if head is None:
             raise ValueError("lm_loss needs a vocabulary head; declare lm_head=True in Needs")

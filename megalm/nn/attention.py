@@ -1,7 +1,7 @@
 """Multi-head attention, query heads divided over the tensor-parallel axis.
 
-Heads need not divide evenly, and there may be fewer key/value heads than ranks: each rank holds the key/value heads that
-its query heads read, so neighbours may hold the same one (see megalm.parallel.layout).
+Heads need not divide evenly, and there may be fewer key/value heads than ranks: each rank holds the key/value heads
+that its query heads read, so neighbours may hold the same one (see megalm.parallel.layout).
 
 Shapes: B rows, S positions, N heads on this rank, D features of a head, T = B * S tokens, H hidden size.
 """

@@ -6,12 +6,13 @@ then allocates each rank's shard and fills it with its slice of the logical tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
+from megalm.errors import CheckpointError
 from megalm.parallel import rng
 from megalm.parallel.layout import Init, Layout, Part, Piece, Shard, pieces
 from megalm.parallel.mesh import ParallelContext
@@ -35,7 +36,9 @@ class ParallelModule(nn.Module):
         self.layouts[name] = layout
         return parameter
 
-    def declare_whole(self, name: str, shape: tuple[int, ...], init: Init, partial: tuple[str, ...] = ()) -> nn.Parameter:
+    def declare_whole(
+        self, name: str, shape: tuple[int, ...], init: Init, partial: tuple[str, ...] = ()
+    ) -> nn.Parameter:
         """Register a replicated parameter that is one logical tensor."""
         return self.declare(name, Layout((Part(shape),), init, partial))
 
@@ -73,12 +76,34 @@ def materialise(model: nn.Module, parallel: ParallelContext, seed: int, dtype: t
             setattr(module, name, nn.Parameter(data))
 
 
+@torch.no_grad()
+def fill_from_logical(model: nn.Module, parallel: ParallelContext, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill a materialised model's shards from whole logical tensors, which are converted to the parameters' type.
+
+    For any layout: each rank takes its ranges. Do it before the optimizer's master weights are made. CheckpointError,
+    before anything is written, lists tensors that are missing, unexpected or of another shape.
+    """
+    held = [piece for _, _, items in logical_pieces(model, parallel) for piece in items]
+    names = {piece.name for piece in held}
+    problems = [f"{name}: unexpected; this model has no such tensor" for name in tensors if name not in names]
+    for piece in held:
+        found = tensors.get(piece.name)
+        if found is None:
+            problems.append(f"{piece.name}: missing")
+        elif tuple(found.shape) != piece.part.shape:
+            problems.append(f"{piece.name}: shape {list(found.shape)}, but this model's is {list(piece.part.shape)}")
+    if problems:
+        raise CheckpointError("tensors do not fit the model:\n" + "\n".join(f"  {line}" for line in problems))
+    for piece in held:
+        piece.local.copy_(tensors[piece.name][tuple(slice(*r) for r in piece.held)])
+
+
 def _fill(piece: Piece, init: Init, seed: int) -> None:
     if init.kind == "constant":
         piece.local.fill_(init.value)
         return
     key = rng.key(seed, "init", piece.name)
-    rows, *inner = piece.part.shape
+    inner = piece.part.shape[1:]
     width = int(np.prod(inner, dtype=np.int64))
     (first, last), *columns = piece.held
     step = max(1, _ROWS_AT_ONCE // max(1, width))

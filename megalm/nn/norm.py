@@ -1,4 +1,4 @@
-"""Normalisation layers. Their weights are replicated; in token-sharded regions each rank sees part of their gradient."""
+"""Normalisation layers. Weights are replicated; in token-sharded regions each rank sees part of their gradient."""
 
 from __future__ import annotations
 

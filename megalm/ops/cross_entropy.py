@@ -98,8 +98,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """-log softmax(h W^T + b)[label] for each token: (T,) in float32 (float64 for float64), 0 at ignored labels.
 
-    ``weight_VH`` and ``bias_V`` are this rank's rows of the vocabulary, from ``first_row`` on; ``labels_T`` are ids of the
-    whole vocabulary. The gradient of ``h_TH`` is this rank's part of a sum over ``group``.
+    ``weight_VH`` and ``bias_V`` are this rank's rows of the vocabulary, from ``first_row`` on; ``labels_T`` are ids
+    of the whole vocabulary. The gradient of ``h_TH`` is this rank's part of a sum over ``group``.
     """
     out: torch.Tensor = _LinearCrossEntropy.apply(h_TH, weight_VH, bias_V, labels_T, first_row, ignore, group)
     return out

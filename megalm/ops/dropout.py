@@ -1,9 +1,9 @@
 """Dropout whose mask is a function of an address: (seed, step, site, slot, view, position, feature).
 
-A *slot* is a row's place in the step's global batch, a *view* numbers the rows built from one sample, a *position* is the
-index in the unsharded row. Every value takes one 16-bit draw: block ``position * ceil(F / 16) + feature // 16`` of the
-Philox stream with key (seed, site) and counter words (slot, view, step). So a token shard, a microbatch or a recomputed
-layer draws exactly the bits that the whole batch would have drawn.
+A *slot* is a row's place in the step's global batch, a *view* numbers the rows built from one sample, a *position* is
+the index in the unsharded row. Every value takes one 16-bit draw: block ``position * ceil(F / 16) + feature // 16``
+of the Philox stream with key (seed, site) and counter words (slot, view, step). So a token shard, a microbatch or a
+recomputed layer draws exactly the bits that the whole batch would have drawn.
 
 On the CPU numpy draws the bits; elsewhere the same generator runs as torch integer arithmetic.
 """
@@ -46,7 +46,9 @@ class DropoutAddress:
 
 
 def row_spans(slots: Sequence[int], length: int, start: int, stop: int, views: int = 1) -> tuple[Span, ...]:
-    """Spans of the flattened tokens [start, stop) of rows of ``length``; row r is view r % views of slots[r // views]."""
+    """Spans of the flattened tokens [start, stop) of rows of ``length``; row r is view r % views of slots[r //
+    views].
+    """
     out = []
     for row in range(len(slots) * views):
         first, last = max(start, row * length), min(stop, (row + 1) * length)
@@ -56,7 +58,9 @@ def row_spans(slots: Sequence[int], length: int, start: int, stop: int, views: i
 
 
 def dropout(x_TF: torch.Tensor, p: float, address: DropoutAddress, site: str) -> torch.Tensor:
-    """Zero each value with probability ``p`` (to 1 / 65536) and scale the others by the inverse: same shape and dtype."""
+    """Zero each value with probability ``p`` (to 1 / 65536) and scale the others by the inverse: same shape and
+    dtype.
+    """
     threshold = round(p * 65536)
     if threshold == 0:
         return x_TF
@@ -74,9 +78,9 @@ def draws16(address: DropoutAddress, site: str, features: int, device: torch.dev
         for span in address.spans:
             tokens = span.stop - span.start
             words = (span.slot, span.view, address.step)
-            raw = rng.blocks(key, span.start * per_token, tokens * per_token, words)
-            bits = raw.astype("<u8", copy=False).view("<u2").reshape(tokens, -1)[:, :features]
-            out[row : row + tokens] = torch.from_numpy(bits.astype("int32"))
+            drawn = rng.blocks(key, span.start * per_token, tokens * per_token, words)
+            values = drawn.astype("<u8", copy=False).view("<u2").reshape(tokens, -1)[:, :features]
+            out[row : row + tokens] = torch.from_numpy(values.astype("int32"))
             row += tokens
         return out
     counters = torch.empty((address.tokens, 4), dtype=torch.int64)

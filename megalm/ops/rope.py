@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 
-def rope_angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_angles(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each (positions, head_dim / 2), computed in float64 or float32 and returned as ``dtype``."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, head_dim, 2, device=positions.device).to(wide) / head_dim
@@ -44,4 +46,5 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 def rope(x_BSND: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
     """Rotate ``x`` (batch, seq, heads, head_dim) by the angles of its positions (seq, head_dim / 2)."""
-    return _Rotate.apply(x_BSND, cos_SD[:, None], sin_SD[:, None])
+    out: torch.Tensor = _Rotate.apply(x_BSND, cos_SD[:, None], sin_SD[:, None])
+    return out

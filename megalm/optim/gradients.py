@@ -17,7 +17,7 @@ _BUCKET_ELEMENTS = 8 << 20
 
 
 def finish_gradients(weights: Weights) -> None:
-    """Sum gradients over the axes on which each rank has a part: partial ones, shared rows, then data-parallel ranks."""
+    """Sum gradients where each rank has a part: partial ones, rows that ranks share, then data-parallel ranks."""
     parallel = weights.parallel
     groups = {"tp": parallel.tp, "dp": parallel.dp}
     gradients = {name: weights.gradient(name) for name in weights.masters}
@@ -59,7 +59,9 @@ def global_norm(weights: Weights) -> torch.Tensor:
         if owned is not None:
             norms.append(torch.linalg.vector_norm(piece.view(owned)))
     device = weights.parallel.device
-    squares = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    squares = (
+        torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    )
     return weights.parallel.tp.all_reduce(squares).sqrt()
 
 
@@ -72,4 +74,3 @@ def clip_gradients(weights: Weights, norm: float, limit: float) -> None:
 def first_not_finite(weights: Weights) -> str | None:
     """Name of the first logical tensor whose gradient on this rank holds NaN or infinity."""
     return next((piece.name for piece in weights.gradient_pieces() if not piece.local.isfinite().all()), None)
-

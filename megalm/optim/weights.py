@@ -1,7 +1,8 @@
 """The weights that the optimizer moves, and their gradients.
 
 In float32 and float64 these are the model's parameters. In bfloat16 the optimizer moves float32 masters: each
-microbatch's gradient is added to the master's in float32 as soon as it exists, and the parameters are the masters rounded.
+microbatch's gradient is added to the master's in float32 as soon as it exists, and the parameters are the masters
+rounded.
 """
 
 from __future__ import annotations

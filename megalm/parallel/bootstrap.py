@@ -1,8 +1,8 @@
 """From the launcher's environment to process groups, and what ranks tell each other before there are any.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of a key-value store. Before any process group exists the store
-carries each rank's report of its preparations as JSON, so that a mistake seen by one rank ends them all with one message.
-Without torchrun the process is one rank and there is no store.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of a key-value store. Before any process group exists the
+store carries each rank's report of its preparations as JSON, so that a mistake seen by one rank ends them all with
+one message. Without torchrun the process is one rank and there is no store.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistStoreError, FileStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from megalm.errors import MegalmError
 
@@ -51,17 +52,17 @@ class Rendezvous:
     def __init__(self, place: Place, timeout: float = 60.0) -> None:
         self.place = place
         self._timeout = timedelta(seconds=timeout)
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         if place.world_size > 1:
             store, _, _ = next(
-                dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=self._timeout)
+                rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=self._timeout)
             )
             # A restarted job finds the keys of its former life in the same store.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"megalm/{attempt}", store)
+            self._store = PrefixStore(f"megalm/{attempt}", store)
 
     @property
-    def store(self) -> dist.Store | None:
+    def store(self) -> Store | None:
         """The store itself, for ``init_process_group``."""
         return self._store
 
@@ -75,7 +76,7 @@ class Rendezvous:
         for rank in range(self.place.world_size):
             try:
                 self._store.wait([f"{topic}/{rank}"], limit)
-            except dist.DistStoreError as error:
+            except DistStoreError as error:
                 raise RendezvousError(
                     f"rank {rank} did not report ({topic}) within {limit.total_seconds():.0f} s; "
                     "look for its own message above, or whether its host is up"
@@ -88,15 +89,15 @@ class Rendezvous:
         return self._store is None or self._store.add(topic, 1) == 1
 
 
-def start_process_group(rendezvous: Rendezvous, device: torch.device, timeout: float) -> None:
+def start_process_group(launch: Rendezvous, device: torch.device, timeout: float) -> None:
     """Initialise the default process group: NCCL for CUDA, gloo for the CPU. Nothing for one rank."""
-    if rendezvous.store is None:
+    if launch.store is None:
         return
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("process-group", rendezvous.store),
-        rank=rendezvous.place.rank,
-        world_size=rendezvous.place.world_size,
+        store=PrefixStore("process-group", launch.store),
+        rank=launch.place.rank,
+        world_size=launch.place.world_size,
         timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
@@ -110,7 +111,7 @@ def stop_process_group() -> None:
 
 def start_file_process_group(path: Path, rank: int, world_size: int, timeout: float) -> None:
     """A gloo process group over a file that the ranks share, for tests without a launcher."""
-    store = dist.FileStore(str(path), world_size)
+    store = FileStore(str(path), world_size)
     dist.init_process_group(
         backend="gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )

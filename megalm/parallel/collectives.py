@@ -1,9 +1,9 @@
 """Collectives with their adjoints, as Megatron-LM's tensor parallelism needs them.
 
-Two kinds of region alternate. Inside a *tensor region* each rank holds some features of all tokens; outside, a rank holds
-all features, of all tokens or, under sequence parallelism, of its share of them (rows of dimension 0). What lies outside
-is computed alike on every rank, so the adjoint of "everyone gets a copy" is a sum only where each rank's use of the copy
-is a different part of the whole.
+Two kinds of region alternate. Inside a *tensor region* each rank holds some features of all tokens; outside, a rank
+holds all features, of all tokens or, under sequence parallelism, of its share of them (rows of dimension 0). What
+lies outside is computed alike on every rank, so the adjoint of "everyone gets a copy" is a sum only where each rank's
+use of the copy is a different part of the whole.
 
 (Shoeybi et al., "Megatron-LM", 2019; Korthikanti et al., "Reducing activation recomputation", 2022.)
 """
@@ -92,14 +92,16 @@ def enter_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.
     """Enter a tensor region: all tokens from (T or T / tp, H); the backward sums over the tensor-parallel axis."""
     if parallel.tp.size == 1:
         return x_TH
-    return _Gather.apply(x_TH, parallel.tp) if parallel.sp else _Copy.apply(x_TH, parallel.tp)
+    out: torch.Tensor = (_Gather if parallel.sp else _Copy).apply(x_TH, parallel.tp)
+    return out
 
 
 def exit_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
     """Leave a tensor region: the sum over the axis of each rank's partial (T, H), token-sharded under SP."""
     if parallel.tp.size == 1:
         return x_TH
-    return _Scatter.apply(x_TH, parallel.tp) if parallel.sp else _Reduce.apply(x_TH, parallel.tp)
+    out: torch.Tensor = (_Scatter if parallel.sp else _Reduce).apply(x_TH, parallel.tp)
+    return out
 
 
 def replicate_tokens(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:

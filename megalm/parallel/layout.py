@@ -1,12 +1,13 @@
 """One declared layout for each parameter, from which everything else follows.
 
-A parameter says once which range of which dimension each rank of an axis holds, and on which axes its gradient is only a
-part. Its initial slice, the reduction of its gradient, its weight in the gradient's norm, its description in a checkpoint
-and the debug checks are all derived here, never written again by hand.
+A parameter says once which range of which dimension each rank of an axis holds, and on which axes its gradient is
+only a part. Its initial slice, the reduction of its gradient, its weight in the gradient's norm, its description in a
+checkpoint and the debug checks are all derived here, never written again by hand.
 
-A parameter may be several logical tensors in one (query, key and value; gate and up): each is a :class:`Part`, the unit of
-checkpoints and of parity. Ranges are a table, so uneven shards need no padding, and they may overlap: with fewer key/value
-heads than ranks, neighbours hold the same head, each computes part of its gradient, and the first of them owns it.
+A parameter may be several logical tensors in one (query, key and value; gate and up): each is a :class:`Part`, the
+unit of checkpoints and of parity. Ranges are a table, so uneven shards need no padding, and they may overlap: with
+fewer key/value heads than ranks, neighbours hold the same head, each computes part of its gradient, and the first of
+them owns it.
 """
 
 from __future__ import annotations

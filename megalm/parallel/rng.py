@@ -1,7 +1,7 @@
 """Randomness by address, not by stream.
 
-Every draw is a function of what it is for (seed, purpose, name, step, slot, position, ...) and never of who draws it: no
-microbatch, rank or worker number enters. So every layout, accumulation split and resume sees the same draws.
+Every draw is a function of what it is for (seed, purpose, name, step, slot, position, ...) and never of who draws it:
+no microbatch, rank or worker number enters. So every layout, accumulation split and resume sees the same draws.
 
 The generator is Philox4x64-10 with numpy's conventions (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011): a 128-bit key, a 256-bit counter of four 64-bit words, 256 bits a block, the counter raised before each block.
@@ -35,9 +35,7 @@ def blocks(key_: tuple[int, int], first: int, count: int, words: tuple[int, int,
 
     The counter of block b is (b + 1, *words): numpy raises the counter before it draws.
     """
-    state = np.random.Philox(
-        key=np.array(key_, dtype=np.uint64), counter=np.array((first, *words), dtype=np.uint64)
-    )
+    state = np.random.Philox(key=np.array(key_, dtype=np.uint64), counter=np.array((first, *words), dtype=np.uint64))
     return state.random_raw(4 * count).reshape(count, 4)
 
 

@@ -1,7 +1,7 @@
 """One measure of parity, for every kind of rank.
 
-A layout is right where its loss and *every* gradient equal those of one rank. Gradients are compared as logical tensors,
-because two of the classic mistakes leave the loss right.
+A layout is right where its loss and *every* gradient equal those of one rank. Gradients are compared as logical
+tensors, because two of the classic mistakes leave the loss right.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from megalm.config.load import load_config
 from megalm.data.prepare import prepare
 from megalm.parallel import rng
@@ -80,5 +79,3 @@ def make_run(
         encoding="utf-8",
     )
     return prepare_run(load_config(path, list(overrides), manager), manager, world_size)
-
-

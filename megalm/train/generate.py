@@ -25,7 +25,8 @@ def sample_text(
 ) -> str:
     """The prompt and ``tokens`` more tokens as text; an end-of-document token shows as an empty line.
 
-    Every rank computes the same logits and draws the same tokens: the Gumbel noise of token n is a function of (seed, n).
+    Every rank computes the same logits and draws the same tokens: the Gumbel noise of token n is a function of (seed,
+    n).
     """
     ids = tokenizer.encode_batch([prompt])[0] or [tokenizer.special.eos or 0]
     key = rng.key(seed, "sample")

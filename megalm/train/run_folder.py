@@ -7,8 +7,8 @@
     checkpoints/step-XXXXXXXX  see megalm.checkpoint
     summary.json, sample.txt, report.html
 
-A folder that was started with another configuration is refused with the differences, unless the user allows it; keys that
-only say how to run or what to show may change freely.
+A folder that was started with another configuration is refused with the differences, unless the user allows it; keys
+that only say how to run or what to show may change freely.
 """
 
 from __future__ import annotations

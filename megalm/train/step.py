@@ -1,8 +1,8 @@
 """One step: counts first, scaled sums after, one sum of gradients.
 
-The objective counts what each term scores, from data alone. The counts are summed over the microbatches and ranks of the
-step, each term is scaled by weight / count before backward, and then everything is only added. So the gradient is that of
-the loss over the whole global batch, whatever the accumulation and the layout.
+The objective counts what each term scores, from data alone. The counts are summed over the microbatches and ranks of
+the step, each term is scaled by weight / count before backward, and then everything is only added. So the gradient is
+that of the loss over the whole global batch, whatever the accumulation and the layout.
 """
 
 from __future__ import annotations

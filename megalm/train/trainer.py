@@ -321,6 +321,6 @@ class Trainer:
             "run": self.prepared.run_dir,
             "objective": self.objective.name,
             "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
-            "layout": f"tp {layout['tp']}{' + sp' if layout['sp'] else ''}, dp {layout['dp']} on {self.parallel.device}",
+            "layout": f"tp {layout['tp']}{' + sp' * layout['sp']}, dp {layout['dp']} on {self.parallel.device}",
             "data": f"{self.prepared.train.num_tokens:,} training tokens in {self.config.data.path}",
         }

@@ -52,7 +52,7 @@ class MaskedLMConfig(Settings):
 
 
 class MaskedLM(Objective):
-    """Alone, samples are windows of the stream between the classification and separator tokens, where there are such."""
+    """Alone, samples are windows of the stream, between the cls and sep tokens where there are such."""
 
     Config = MaskedLMConfig
     cfg: MaskedLMConfig

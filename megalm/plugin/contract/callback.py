@@ -1,4 +1,4 @@
-"""Callbacks: objects whose hook implementations (``@hookimpl def megalm_step_end(...)``) run while they are configured."""
+"""Callbacks: objects whose ``@hookimpl`` methods (``megalm_step_end``, ...) run while they are configured."""
 
 from __future__ import annotations
 

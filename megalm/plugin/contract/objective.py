@@ -37,8 +37,8 @@ IGNORE = -100
 class TensorSpec:
     """A tensor of the batch: its dimensions by name, its type, and which pipeline stages read it.
 
-    Dimension names that the engine knows: ``batch`` (split over data-parallel ranks and microbatches) and ``seq`` (split
-    over context-parallel ranks). Others are kept whole.
+    Dimension names that the engine knows: ``batch`` (split over data-parallel ranks and microbatches) and ``seq``
+    (split over context-parallel ranks). Others are kept whole.
     """
 
     dims: tuple[str, ...] = ("batch", "seq")
@@ -59,8 +59,9 @@ class HeadSpec:
 class Needs:
     """What an objective asks of the backbone.
 
-    Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where a
-    position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary projection.
+    Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where
+    a position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary
+    projection.
     """
 
     attention: Attention
@@ -137,8 +138,9 @@ class LossContext(Protocol):
     ) -> torch.Tensor:
         """Cross-entropy of the vocabulary for each scored position.
 
-        ``labels`` (batch, seq) int64, ``IGNORE`` where not scored. With ``where`` (batch, seq) bool, only those positions
-        go through the head. Returns a 1-d tensor of nats (0 at ignored labels), in row-major order of the positions.
+        ``labels`` (batch, seq) int64, ``IGNORE`` where not scored. With ``where`` (batch, seq) bool, only those
+        positions go through the head. Returns a 1-d tensor of nats (0 at ignored labels), in row-major order of the
+        positions.
         """
         ...
 
@@ -175,7 +177,9 @@ class Objective(ABC):
     """Raise on any change of meaning; stored in checkpoints and compared on resume."""
 
     def __init__(self, cfg: Any, env: ObjectiveEnv) -> None:
-        """Raise :class:`megalm.errors.ConfigError` for what the configuration cannot do with this tokenizer or length."""
+        """Raise :class:`megalm.errors.ConfigError` for what the configuration cannot do with this tokenizer or
+        length.
+        """
         self.cfg = cfg
         self.env = env
 
@@ -187,7 +191,7 @@ class Objective(ABC):
     def weights(self) -> Mapping[str, float]:
         """Weight of each loss term in the total."""
 
-    def check_corpus(self, corpus: Corpus) -> None:
+    def check_corpus(self, corpus: Corpus) -> None:  # noqa: B027
         """Raise :class:`megalm.errors.DataError` where the corpus cannot serve (NSP needs two documents, say)."""
 
     @abstractmethod

@@ -38,7 +38,7 @@ class LRSchedule(ABC):
         """Learning rate of a step, the first being 0."""
 
 
-class Architecture(ABC):
+class Architecture:
     """Defaults of ``[model]`` for a family of models."""
 
     defaults: ClassVar[Mapping[str, Any]] = {}
