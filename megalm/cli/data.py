@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megalm.cli.options import Plugins, names
+from megalm.cli.options import Overrides, Plugins, names
 from megalm.config.settings import Settings
 from megalm.data.readers import DOCUMENTS
 from megalm.data.tokenizer import Resolve, tokenizer_from_spec
@@ -134,13 +134,23 @@ def train_tokenizer(
 
 @app.command()
 def inspect(
-    store: Store,
+    store: Annotated[Path, typer.Argument(metavar="DIR|RUN.toml", help="A token store, or a run's configuration.")],
     part: Annotated[str, typer.Option("--part", metavar="PART", help="train or validation.")] = "train",
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=0, help="Documents to decode.")] = 3,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare all hashes first.")] = False,
+    overrides: Overrides = None,
     plugins: Plugins = None,
 ) -> None:
-    """Show a store's manifest, decoded documents, and how long documents are."""
+    """Show a store's manifest, decoded documents, and how long documents are.
+
+    Given a run's configuration instead, show the rows of its first step as its objective builds them: [input->label]
+    where a masked token is to be recovered.
+    """
+    if store.suffix == ".toml":
+        from megalm.cli.show_examples import show_examples
+
+        show_examples(store, overrides or [], max(1, samples), names(plugins))
+        return
     from megalm.cli.show_store import show_store
 
     show_store(store, part, samples, verify, resolver(plugins))

@@ -1,0 +1,66 @@
+"""What ``megalm data inspect RUN.toml`` prints: the rows that the run's first step trains on, as its objective built them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from megalm.config.load import load_config
+from megalm.plugin.contract.objective import IGNORE, Batch
+from megalm.plugin.contract.tokenizer import Tokenizer
+from megalm.plugin.manager import PluginManager
+from megalm.train.feed import TrainFeed
+from megalm.train.prepare import prepare_run
+
+
+def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequence[str] | None) -> None:
+    """Print up to ``samples`` rows of the first step; a UsageError where the run could not start."""
+    manager = PluginManager.for_launch(only)
+    config = load_config(path, overrides, manager).config
+    ranks = config.parallel.tp * (config.parallel.dp or 1)
+    prepared = prepare_run(load_config(path, overrides, manager), manager, ranks)
+    feed = TrainFeed(
+        prepared.objective,
+        prepared.train,
+        seed=config.run.seed,
+        global_batch=min(samples, config.train.global_batch),
+        micro_batch=1,
+        dp_index=0,
+        dp_size=1,
+    )
+    console = Console()
+    scored: dict[str, int] = {}
+    for rows in feed.step(0):
+        console.rule(f"slot {rows.slots[0]}")
+        for name, n in prepared.objective.counts(rows.batch).items():
+            scored[name] = scored.get(name, 0) + n
+        _show_row(console, rows.batch, prepared.tokenizer)
+    console.rule()
+    console.print(Text("scored: " + ", ".join(f"{name} {n}" for name, n in scored.items())))
+
+
+def _show_row(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
+    tokens, labels = batch["tokens"][0], batch.get("labels")
+    text = Text()
+    present = batch.get("attention_mask")
+    length = len(tokens) if present is None else int(present[0].sum())
+    chosen = np.zeros(len(tokens), dtype=bool) if labels is None else labels[0] != IGNORE
+    each_is_scored = bool(chosen.all())
+    types = batch.get("token_types")
+    for i, token in enumerate(tokens[:length].tolist()):
+        if labels is not None and chosen[i] and not each_is_scored:
+            text.append(f"[{tokenizer.token(token)}->{tokenizer.token(int(labels[0, i]))}]", style="bold yellow")
+        else:
+            text.append(tokenizer.token(token), style="cyan" if types is not None and types[0, i] else "")
+    if length < len(tokens):
+        text.append(f" (and {len(tokens) - length} of padding)", style="dim")
+    console.print(text)
+    if each_is_scored and labels is not None:
+        console.print(Text(f"labels: {''.join(tokenizer.token(token) for token in labels[0].tolist())}", style="dim"))
+    for name, array in batch.items():
+        if array.ndim == 1:
+            console.print(Text(f"{name}: {array[0]}", style="dim"))
