@@ -78,6 +78,7 @@ class LMHead(ParallelModule):
             self.matrix(embedding),
             select(labels_T),
             self.parallel.tp,
+            vocab_size=self.vocab_size,
             bias_V=self.bias,
             first_row=self.first_row,
         )

@@ -28,11 +28,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: torch.Tensor,
         first_row: int,
         ignore: int,
+        vocab_size: int,
         group: Group,
     ) -> torch.Tensor:
         wide = torch.float64 if h_TH.dtype == torch.float64 else torch.float32
         tokens, rows = h_TH.shape[0], weight_VH.shape[0]
-        chunk = max(1, min(tokens, CHUNK_BYTES // (wide.itemsize * max(1, rows))))
+        # Ranks must agree on the chunks, and may hold different numbers of rows.
+        most_rows = -(-vocab_size // group.size)
+        chunk = max(1, min(tokens, CHUNK_BYTES // (wide.itemsize * most_rows)))
         scored = labels_T != ignore
         local = labels_T - first_row
         mine = scored & (local >= 0) & (local < rows)
@@ -83,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += grad_logits.sum(dim=0)
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight_VH)
-        return grad_h, grad_weight, grad_bias, None, None, None, None
+        return grad_h, grad_weight, grad_bias, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -92,6 +95,7 @@ def linear_cross_entropy(
     labels_T: torch.Tensor,
     group: Group,
     *,
+    vocab_size: int,
     bias_V: torch.Tensor | None = None,
     first_row: int = 0,
     ignore: int = -100,
@@ -101,5 +105,7 @@ def linear_cross_entropy(
     ``weight_VH`` and ``bias_V`` are this rank's rows of the vocabulary, from ``first_row`` on; ``labels_T`` are ids
     of the whole vocabulary. The gradient of ``h_TH`` is this rank's part of a sum over ``group``.
     """
-    out: torch.Tensor = _LinearCrossEntropy.apply(h_TH, weight_VH, bias_V, labels_T, first_row, ignore, group)
+    out: torch.Tensor = _LinearCrossEntropy.apply(
+        h_TH, weight_VH, bias_V, labels_T, first_row, ignore, vocab_size, group
+    )
     return out

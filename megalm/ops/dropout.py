@@ -61,28 +61,37 @@ def dropout(x_TF: torch.Tensor, p: float, address: DropoutAddress, site: str) ->
     """Zero each value with probability ``p`` (to 1 / 65536) and scale the others by the inverse: same shape and
     dtype.
     """
-    threshold = round(p * 65536)
+    threshold = min(round(p * 65536), 65535)
     if threshold == 0:
         return x_TF
     keep = draws16(address, site, x_TF.shape[-1], x_TF.device) >= threshold
-    return x_TF * (keep * (65536.0 / (65536 - threshold))).to(x_TF.dtype)
+    return x_TF * keep.to(x_TF.dtype).mul_(65536.0 / (65536 - threshold))
 
 
 def draws16(address: DropoutAddress, site: str, features: int, device: torch.device) -> torch.Tensor:
     """The 16-bit draws of every token and feature: int32 (T, F)."""
     key = rng.key(address.seed, "dropout", site)
-    per_token = -(-features // rng.DRAWS_PER_BLOCK)
     if device.type == "cpu":
-        out = torch.empty((address.tokens, features), dtype=torch.int32)
-        row = 0
-        for span in address.spans:
-            tokens = span.stop - span.start
-            words = (span.slot, span.view, address.step)
-            drawn = rng.blocks(key, span.start * per_token, tokens * per_token, words)
-            values = drawn.astype("<u8", copy=False).view("<u2").reshape(tokens, -1)[:, :features]
-            out[row : row + tokens] = torch.from_numpy(values.astype("int32"))
-            row += tokens
-        return out
+        return _numpy_draws(address, key, features)
+    return _torch_draws(address, key, features, device)
+
+
+def _numpy_draws(address: DropoutAddress, key: tuple[int, int], features: int) -> torch.Tensor:
+    per_token = -(-features // rng.DRAWS_PER_BLOCK)
+    out = torch.empty((address.tokens, features), dtype=torch.int32)
+    row = 0
+    for span in address.spans:
+        tokens = span.stop - span.start
+        words = (span.slot, span.view, address.step)
+        drawn = rng.blocks(key, span.start * per_token, tokens * per_token, words)
+        values = drawn.astype("<u8", copy=False).view("<u2").reshape(tokens, -1)[:, :features]
+        out[row : row + tokens] = torch.from_numpy(values.astype("int32"))
+        row += tokens
+    return out
+
+
+def _torch_draws(address: DropoutAddress, key: tuple[int, int], features: int, device: torch.device) -> torch.Tensor:
+    per_token = -(-features // rng.DRAWS_PER_BLOCK)
     counters = torch.empty((address.tokens, 4), dtype=torch.int64)
     row = 0
     for span in address.spans:

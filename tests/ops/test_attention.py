@@ -1,0 +1,101 @@
+"""Attention, fused and with dropout by address, against loops over heads and positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.nn.attention import Attention
+from megalm.nn.microbatch import make_microbatch
+from megalm.nn.module import materialise
+from megalm.ops.attention import attention, attention_with_dropout
+from megalm.ops.dropout import DropoutAddress, draws16, row_spans
+from megalm.parallel.layout import Init
+from megalm.parallel.mesh import single_rank
+
+B, N, S, D = 2, 3, 5, 4
+SITE = "layers.0.attention.probabilities"
+
+
+def naive(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    mask: torch.Tensor | None,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One query at a time; ``keep`` (B, N, S, S) multiplies the probabilities; key head = query head // group."""
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for n in range(q.shape[1]):
+            for s in range(q.shape[2]):
+                seen = torch.tensor(
+                    [(j <= s or not causal) and (mask is None or bool(mask[b, j])) for j in range(q.shape[2])]
+                )
+                scores = torch.stack([q[b, n, s] @ key for key in k[b, n // group]]) / math.sqrt(q.shape[3])
+                weights = torch.where(seen, (scores - scores[seen].max()).exp(), torch.zeros_like(scores))
+                weights = weights / weights.sum()
+                out[b, n, s] = (weights if keep is None else weights * keep[b, n, s]) @ v[b, n // group]
+    return out
+
+
+def qkv(seed: int) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(B, N, S, D, dtype=torch.float64) for _ in range(3)]
+
+
+CASES = [(True, None), (False, None), (False, torch.tensor([[True, True, False, True, False], [True] * 5]))]
+
+
+@pytest.mark.parametrize(("causal", "mask"), CASES, ids=["causal", "bidirectional", "padded"])
+def test_equals_loops(causal: bool, mask: torch.Tensor | None) -> None:
+    q, k, v = qkv(0)
+    found = attention(q, k, v, causal=causal, mask_BS=mask)
+    torch.testing.assert_close(found, naive(q, k, v, causal, mask), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("causal", "mask"), CASES, ids=["causal", "bidirectional", "padded"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_with_dropout_equals_loops(causal: bool, mask: torch.Tensor | None, p: float) -> None:
+    q, k, v = qkv(1)
+    address = DropoutAddress(3, 4, row_spans([6, 9], S, 0, B * S))
+    found = attention_with_dropout(q, k, v, causal=causal, mask_BS=mask, p=p, address=address, site=SITE, first_head=2)
+    threshold = round(p * 65536)
+    heads = [draws16(address, f"{SITE}.head{2 + n}", S, q.device).view(B, S, S) >= threshold for n in range(N)]
+    keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - threshold)
+    torch.testing.assert_close(found, naive(q, k, v, causal, mask, keep), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(kv_heads=st.integers(1, 3), group=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_grouped_queries_read_their_key_head(kv_heads: int, group: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    one, heads, init = single_rank(), kv_heads * group, Init("normal", 0.5)
+    layer = Attention(
+        one,
+        width=6,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=D,
+        causal=True,
+        rope_theta=None,
+        qkv_bias=True,
+        out_bias=False,
+        dropout=0.0,
+        site=SITE,
+        init=init,
+        out_init=init,
+    )
+    materialise(layer, one, seed, torch.float64)
+    x = torch.randn(B * S, 6, dtype=torch.float64)
+    fused = torch.nn.functional.linear(x, layer.qkv.weight, layer.qkv.bias).view(B, S, heads + 2 * kv_heads, D)
+    q, k, v = fused.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    mixed = naive(q, k, v, True, None).transpose(1, 2).reshape(B * S, heads * D)
+    found = layer(x, make_microbatch({"tokens": torch.zeros(B, S, dtype=torch.int64)}, one))
+    torch.testing.assert_close(found, mixed @ layer.out.weight.t(), rtol=1e-11, atol=1e-11)
