@@ -33,6 +33,10 @@ class EventHooks:
         self._callers = callers
         self._owner = owner
 
+    def implemented(self, name: str) -> bool:
+        """Whether anything implements the hook; the same on every rank, as plugins and callbacks are."""
+        return bool(self._callers[name].get_hookimpls())
+
     def __getattr__(self, name: str) -> Callable[..., list[Any]]:
         if name not in self._callers:
             raise AttributeError(f"no event hook {name!r}; there are: {', '.join(sorted(self._callers))}")

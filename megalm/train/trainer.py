@@ -205,9 +205,10 @@ class Trainer:
             hook.megalm_log(run=info, step=step, metrics=flat)
 
     def _should_stop(self, info: RunInfo, step: int) -> str | None:
-        reasons = self.prepared.manager.hook.megalm_should_stop(run=info, step=step)
-        if not self.prepared.callbacks and not reasons:
+        hook = self.prepared.manager.hook
+        if not hook.implemented("megalm_should_stop"):
             return None
+        reasons = hook.megalm_should_stop(run=info, step=step)
         told = self.parallel.world.gather_json(reasons)
         return next((reason for each in told for reason in each), None)
 
