@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -65,15 +64,6 @@ def prune(root: Path, keep: int) -> None:
         doomed = root / f".pruned-{folder.name}.tmp"
         folder.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def set_aside(folder: Path) -> Path:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from megalm.checkpoint.folders import folder_name, prune, sync_folder, unfinished_name
+from megalm.checkpoint.folders import folder_name, prune, unfinished_name
 from megalm.checkpoint.manifest import FORMAT, MANIFEST, FileRecord, Manifest, Slice, TensorRecord, hash_file
 from megalm.checkpoint.state import TrainingState
+from megalm.files import sync
 from megalm.parallel.layout import Piece
 from megalm.parallel.mesh import ParallelContext
 
@@ -36,10 +36,9 @@ def save_checkpoint(
         if tensors:
             path = work / name
             save_file(tensors, path)
-            with path.open("rb") as file:
-                # safetensors makes files that only their owner may read; the folder says who else may.
-                os.fchmod(file.fileno(), work.stat().st_mode & 0o666)
-                os.fsync(file.fileno())
+            # safetensors makes files that only their owner may read; the folder says who else may.
+            path.chmod(work.stat().st_mode & 0o666)
+            sync(path)
             report["files"][name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     reports = parallel.world.gather_json(report)
     if parallel.rank == 0:
@@ -52,13 +51,11 @@ def save_checkpoint(
             optimizer=_merge(reports, "optimizer"),
             files={name: FileRecord(**record) for r in reports for name, record in r["files"].items()},
         ).sealed()
-        with (work / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(manifest.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(work)
+        (work / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        sync(work / MANIFEST)
+        sync(work)
         work.rename(target)
-        sync_folder(root)
+        sync(root)
         prune(root, keep)
     parallel.world.barrier()
     return target

@@ -1,4 +1,4 @@
-"""What ``megalm data inspect RUN.toml`` prints: the rows that the run's first step trains on, as its objective built them."""
+"""What ``megalm data inspect RUN.toml`` prints: rows of the run's first step as its objective builds them."""
 
 from __future__ import annotations
 

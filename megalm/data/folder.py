@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalm.errors import DataError
+from megalm.files import sync
 
 
 @contextmanager
@@ -116,12 +117,3 @@ def _sync_tree(folder: Path) -> None:
         for name in files:
             sync(Path(root) / name)
         sync(Path(root))
-
-
-def sync(path: Path) -> None:
-    """Make a file's or a folder's contents durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

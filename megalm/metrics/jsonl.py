@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from megalm import files
 from megalm.errors import DataError
-from megalm.metrics import atomic
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How values that JSON lacks are written."""
@@ -93,7 +93,7 @@ class MetricsFile:
         kept = [line for record, line in _lines(self.path) if record["step"] <= step]
         data = b"".join(kept)
         if len(data) != self.path.stat().st_size:
-            atomic.write_text(self.path, data.decode("utf-8"))
+            files.write_text(self.path, data.decode("utf-8"))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one object; it must hold an integer ``step``. The line has left this process when this returns."""

@@ -17,8 +17,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from megalm import files
 from megalm.errors import DataError
-from megalm.metrics import atomic, jsonl
+from megalm.metrics import jsonl
 from megalm.metrics.console import duration, figure
 from megalm.metrics.summary import read_summary
 
@@ -113,7 +114,7 @@ def write_report(run_dir: Path) -> Path:
     Raises DataError where a file of the run is damaged; files that are missing leave their part out.
     """
     path = run_dir / NAME
-    atomic.write_text(path, render(Run.read(run_dir)))
+    files.write_text(path, render(Run.read(run_dir)))
     return path
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megalm import files
 from megalm.errors import DataError
-from megalm.metrics import atomic, jsonl
+from megalm.metrics import jsonl
 
 NAME = "summary.json"
 
@@ -22,7 +23,7 @@ NAME = "summary.json"
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary`` to the run folder atomically and return its path; NaN and infinities as in metrics.jsonl."""
     path = run_dir / NAME
-    atomic.write_text(path, jsonl.dumps(summary, indent=2) + "\n")
+    files.write_text(path, jsonl.dumps(summary, indent=2) + "\n")
     return path
 
 

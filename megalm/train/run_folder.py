@@ -17,9 +17,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megalm import files
 from megalm.config.load import Resolved, diff_configs
 from megalm.errors import ConfigError
-from megalm.metrics import atomic
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -66,5 +66,5 @@ def start_run_folder(resolved: Resolved) -> None:
     for left in folder.glob(".*.tmp"):
         # A killed process was about to rename it.
         left.unlink()
-    atomic.write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=1) + "\n")
-    atomic.write_text(folder / "config.toml", resolved.to_toml())
+    files.write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=1) + "\n")
+    files.write_text(folder / "config.toml", resolved.to_toml())

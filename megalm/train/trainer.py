@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from megalm import __version__
+from megalm import __version__, files
 from megalm.checkpoint.load import load_state, weights_sha256
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
 from megalm.data.ngram import baselines
 from megalm.errors import MegalmError
-from megalm.metrics import atomic, jsonl
+from megalm.metrics import jsonl
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
 from megalm.metrics.report import NAME as REPORT
@@ -277,7 +277,7 @@ class Trainer:
             fitted = baselines(self.prepared.train, self.prepared.validation, self.prepared.tokenizer.vocab_size)
             summary["baselines"] = {"unigram": fitted.unigram, "bigram": fitted.bigram}
         if text is not None:
-            atomic.write_text(self.prepared.run_dir / SAMPLE, text + "\n")
+            files.write_text(self.prepared.run_dir / SAMPLE, text + "\n")
         self.metrics.close()
         write_summary(self.prepared.run_dir, summary)
         write_report(self.prepared.run_dir)

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megalm import files
 from megalm.errors import DataError
-from megalm.metrics import atomic, jsonl
+from megalm.metrics import jsonl
 from megalm.metrics.jsonl import MetricsFile
 from megalm.metrics.summary import read_summary, write_summary
 
@@ -135,7 +136,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_summary(tmp_path, {"steps": 2})
     assert os.listdir(tmp_path) == ["summary.json"]
@@ -148,7 +149,7 @@ def test_the_summary_comes_back(tmp_path: Path) -> None:
     path = write_summary(tmp_path / "deeper", summary)
     assert json.loads(path.read_text()) == summary
     assert read_summary(tmp_path / "deeper") == summary
-    assert path.stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
