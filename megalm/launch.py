@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
     from megalm.config.load import load_config
     from megalm.plugin.manager import PluginManager
-    from megalm.train.prepare import prepare_run
+    from megalm.train.prepare import prepare_run, verify_data
     from megalm.train.run_folder import check_run_folder
 
     options = parse_arguments(arguments)
@@ -84,6 +84,8 @@ def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
     resolved = load_config(options.config, options.set, manager)
     _device(resolved.config.launch.device, place)
     prepared = prepare_run(resolved, manager, place.world_size)
+    if place.local_rank == 0:
+        verify_data(prepared)
     if place.rank == 0:
         check_run_folder(resolved)
     return prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,28 @@ def save_checkpoint(
 ) -> Path:
     """Write ``root/step-XXXXXXXX`` and prune older ones; all ranks call it and return once it is complete.
 
-    ``info`` is stored as :attr:`Manifest.state`. An interruption at any moment leaves the earlier checkpoints as they
-    were and at most an unfinished folder, which the next start sweeps up.
+    ``info`` is stored as :attr:`Manifest.state`. A failure leaves the earlier checkpoints as they were; a kill leaves
+    besides at most an unfinished folder, which the next start sweeps up.
     """
     target, work = root / folder_name(step), root / unfinished_name(step)
     if parallel.rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         work.mkdir()
+    try:
+        _write(work, target, step, state, info, parallel)
+    except BaseException:
+        if parallel.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    if parallel.rank == 0:
+        prune(root, keep)
+    parallel.world.barrier()
+    return target
+
+
+def _write(
+    work: Path, target: Path, step: int, state: TrainingState, info: dict[str, Any], parallel: ParallelContext
+) -> None:
     parallel.world.barrier()
     report: dict[str, Any] = {"files": {}}
     for kind, items in (("weights", state.weights), ("optimizer", state.optimizer)):
@@ -55,10 +71,7 @@ def save_checkpoint(
         sync(work / MANIFEST)
         sync(work)
         work.rename(target)
-        sync(root)
-        prune(root, keep)
-    parallel.world.barrier()
-    return target
+        sync(target.parent)
 
 
 def _own_slices(items: list[Piece], file: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -32,8 +32,9 @@ def sample_text(
     key = rng.key(seed, "sample")
     for number in range(tokens):
         window = ids[-context:]
-        # Padding on the right is harmless under causal attention, and lets tokens be sharded evenly.
-        padded = window + [0] * (-len(window) % model.parallel.tp.size)
+        # Padding on the right is harmless under causal attention, and lets tokens be sharded evenly; tp divides the
+        # context then, so that it never exceeds it.
+        padded = window + [0] * (-len(window) % (model.parallel.tp.size if model.parallel.sp else 1))
         batch = make_microbatch({"tokens": torch.tensor([padded], device=model.parallel.device)}, model.parallel)
         logits = model.logits_at(batch, len(window) - 1)[0, : tokenizer.vocab_size].double().cpu().numpy()
         ids.append(_draw(logits, temperature, top_k, rng.uniform(key, len(logits), (number, 0, 0))))

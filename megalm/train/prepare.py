@@ -18,6 +18,9 @@ from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
 from megalm.train.objective import TrainingObjective, build_objective
 
+HASHED_BYTES = 1 << 30
+"""Parts of a token store up to this size (about a second's reading) are hashed before every launch."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -75,3 +78,11 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
             if section == "callback"
         },
     )
+
+
+def verify_data(prepared: Prepared) -> None:
+    """DataError where a token file was altered. Opening a store checks all but the tokens themselves, which this hashes
+    where they are few; larger stores are for ``megalm data inspect`` to hash."""
+    for store in (prepared.train, prepared.validation):
+        if sum(record.bytes for record in store.manifest.parts[store.part].files.values()) <= HASHED_BYTES:
+            store.verify()
