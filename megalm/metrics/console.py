@@ -173,6 +173,9 @@ class Console:
         if summary:
             losses = {"train loss": summary.get("train_loss"), "eval loss": summary.get("eval_loss")}
             parts = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+            if summary.get("baselines"):
+                compared = ", ".join(f"{name} {value:.4f}" for name, value in summary["baselines"].items())
+                parts[-1] += f" ({compared})"
             if summary.get("seconds") is not None:
                 parts.append(f"time {duration(summary['seconds'])}")
             if summary.get("tokens_per_second"):

@@ -29,7 +29,7 @@ def run(console: ConsoleLike, start: int = 0, total: int = 10) -> None:
     console.eval(total, {"loss": 2.5, "terms": {"mlm": 2.5}})
     console.warn("look [bold]here[/bold]")
     summary = {"steps": total, "train_loss": 4.0, "eval_loss": 2.5, "seconds": 75.0, "tokens_per_second": 1e6}
-    console.finish(summary, sample="To be")
+    console.finish(summary | {"baselines": {"unigram": 3.25, "bigram": 2.75}}, sample="To be")
 
 
 def plain(every: int = 1) -> tuple[Console, io.StringIO]:
@@ -53,7 +53,7 @@ def test_plain_lines() -> None:
         "--- sample ---",
         "To be",
         "--------------",
-        "done: 10 steps  train loss 4.0000  eval loss 2.5000  time 1:15  1M tokens/s",
+        "done: 10 steps  train loss 4.0000  eval loss 2.5000 (unigram 3.2500, bigram 2.7500)  time 1:15  1M tokens/s",
     ]
 
 
