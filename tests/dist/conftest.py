@@ -1,0 +1,254 @@
+"""Launches for tests: real ranks that run megalm.launch, either by torchrun or forked.
+
+torchrun costs ten seconds a launch, nearly all of it importing torch anew. Forked ranks find the same environment
+variables and the same key-value store as torchrun's (the test process holds it, as torchrun's agent would), run the
+same ``main`` on real gloo, and need a fraction of a second. Nobody ends them when one of them fails: they must do so
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megalm.plugin.manager import PluginManager
+from megalm.testing.runs import make_store
+
+TINY = """
+[run]
+dir = "run"
+seed = 7
+[model]
+architecture = "{architecture}"
+layers = 2
+hidden_size = 24
+heads = 6
+[data]
+path = "{data}"
+[train]
+objective = "{objective}"
+steps = 3
+sequence_length = 16
+global_batch = 8
+micro_batch = 4
+lr = 1e-2
+[launch]
+threads = 1
+device = "cpu"
+collective_timeout = 60
+[eval]
+samples = 16
+[sample]
+tokens = 4
+"""
+
+
+@dataclass
+class Ended:
+    """How one rank ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Forked:
+    """Ranks under way."""
+
+    folder: Path
+    pids: list[int]
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def poll(self) -> bool:
+        """Whether all have ended."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) == len(self.pids)
+
+    def said(self) -> bool:
+        """Whether rank 0 has written anything, which it does once all ranks are about to train."""
+        return (self.folder / "0.out").exists() and (self.folder / "0.out").stat().st_size > 0
+
+    def kill(self, ranks: Sequence[int] | None = None) -> None:
+        """SIGKILL some ranks, or all."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes and (ranks is None or rank in ranks):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self, timeout: float = 240.0, after_first: float = 10.0) -> list[Ended]:
+        """How every rank ended. AssertionError where one lives longer than ``timeout``, or than ``after_first`` seconds
+        after another failed."""
+        deadline = time.monotonic() + timeout
+        failed: float | None = None
+        while not self.poll():
+            now = time.monotonic()
+            if failed is None and any(self.codes.values()):
+                failed = now
+            if now > deadline or (failed is not None and now > failed + after_first):
+                left = sorted(set(range(len(self.pids))) - set(self.codes))
+                for rank in left:
+                    os.kill(self.pids[rank], signal.SIGUSR1)  # where it stands
+                time.sleep(0.5)
+                self.kill()
+                while not self.poll():
+                    time.sleep(0.005)
+                raise AssertionError(f"ranks {left} did not end; output:\n{self.ended()}")
+            time.sleep(0.005)
+        return self.ended()
+
+    def ended(self) -> list[Ended]:
+        return [
+            Ended(
+                self.codes[rank],
+                (self.folder / f"{rank}.out").read_text(encoding="utf-8"),
+                (self.folder / f"{rank}.err").read_text(encoding="utf-8"),
+            )
+            for rank in range(len(self.pids))
+        ]
+
+
+Fork = Callable[..., Forked]
+
+
+@pytest.fixture(scope="session")
+def key_value_store() -> dist.TCPStore:
+    """One for all launches, and never closed: a fork that closes its copy would wait for a thread that it lacks."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStore) -> Iterator[Fork]:
+    """``fork(argv, ranks=2, cwd=folder)`` starts ranks of megalm.launch; all are gone when the test ends."""
+    # What a first optimizer step and a first launch import, so that the ranks find it there.
+    import torch._dynamo  # noqa: F401
+
+    import megalm.launch
+    import megalm.train.trainer  # noqa: F401
+
+    started: list[Forked] = []
+
+    def start(argv: Sequence[str], *, ranks: int = 2, cwd: Path) -> Forked:
+        folder = tmp_path_factory.mktemp("ranks")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pids = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                _run_rank([str(a) for a in argv], rank, ranks, key_value_store.port, cwd, folder)
+            pids.append(pid)
+        launch = Forked(folder, pids)
+        started.append(launch)
+        return launch
+
+    yield start
+    for launch in started:
+        launch.poll()
+        launch.kill()
+        while not launch.poll():
+            time.sleep(0.005)
+
+
+def _run_rank(argv: list[str], rank: int, ranks: int, port: int, cwd: Path, folder: Path) -> None:
+    """The life of a forked rank."""
+    code = 99
+    gc.freeze()  # what the parent left is not this process's to clear up
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            target = os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            os.dup2(target, number)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT=folder.name,  # keeps the launches' keys apart
+        )
+        faulthandler.enable(sys.stderr)
+        faulthandler.register(signal.SIGUSR1, sys.stderr)
+        os.chdir(cwd)
+        from megalm.launch import main
+
+        code = main(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.fixture(scope="session")
+def manager() -> PluginManager:
+    return PluginManager.for_launch(None)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, manager: PluginManager) -> Path:
+    """A token store that no test may change."""
+    return make_store(tmp_path_factory.mktemp("launch-store"), manager=manager)
+
+
+WriteConfig = Callable[..., Path]
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, store: Path) -> WriteConfig:
+    """``write_config(more, objective=, architecture=, data=)``: a tiny run's TOML in the test's folder."""
+
+    def write(
+        more: str = "", *, objective: str = "causal_lm", architecture: str = "gpt2", data: Path | None = None
+    ) -> Path:
+        path = tmp_path / "run.toml"
+        text = TINY.format(data=data or store, objective=objective, architecture=architecture)
+        path.write_text(text + more, encoding="utf-8")
+        return path
+
+    return write
+
+
+Torchrun = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Torchrun:
+    """``torchrun(argv, cwd=folder, env={...}, ranks=2)`` runs megalm.launch by torchrun and waits for its end."""
+
+    def run(
+        argv: Sequence[object], *, cwd: Path, env: dict[str, str] | None = None, ranks: int = 2, timeout: float = 300.0
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return subprocess.run(
+            [*command, "-m", "megalm.launch", *map(str, argv)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
