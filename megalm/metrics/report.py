@@ -118,6 +118,12 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def ensure_report(run_dir: Path) -> None:
+    """Build the report where there is none: a run may have been killed right before it."""
+    if not (run_dir / NAME).exists():
+        write_report(run_dir)
+
+
 def render(run: Run) -> str:
     """The page as text."""
     charts = make_charts(run)

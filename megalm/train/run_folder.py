@@ -24,6 +24,7 @@ from megalm.errors import ConfigError
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 SAMPLE = "sample.txt"
+METRICS = "metrics.jsonl"
 FREE_KEYS = {"run.allow_changed_config", "launch.collective_timeout", "log.every", "checkpoint.keep"}
 """Keys whose change does not change the run."""
 

@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 
-from megalm import __version__, files
-from megalm.checkpoint.load import load_state, weights_sha256
-from megalm.checkpoint.manifest import read_manifest
+from megalm import __version__
+from megalm.checkpoint.load import load_state
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
-from megalm.data.ngram import baselines
 from megalm.errors import MegalmError
-from megalm.metrics import jsonl
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
-from megalm.metrics.report import NAME as REPORT
-from megalm.metrics.report import write_report
-from megalm.metrics.summary import read_summary, write_summary
+from megalm.metrics.report import ensure_report
 from megalm.model.language_model import LanguageModel
 from megalm.nn.module import materialise
 from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
@@ -28,10 +23,10 @@ from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.plugin.contract.callback import RunInfo
 from megalm.train.feed import TrainFeed, evaluation_rows
-from megalm.train.generate import sample_text
+from megalm.train.outcome import is_complete, sample_of, show_outcome, write_outcome
 from megalm.train.prepare import Prepared
 from megalm.train.resume import Start, find_start, identity
-from megalm.train.run_folder import CHECKPOINTS, SAMPLE, start_run_folder
+from megalm.train.run_folder import CHECKPOINTS, METRICS, start_run_folder
 from megalm.train.step import Losses, evaluate, forward_backward
 
 
@@ -66,7 +61,7 @@ class Trainer:
             dp_index=parallel.dp.index,
             dp_size=parallel.dp.size,
         )
-        self.metrics = MetricsFile(prepared.run_dir / "metrics.jsonl")
+        self.metrics = MetricsFile(prepared.run_dir / METRICS)
         self.warnings: list[str] = []
         self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
 
@@ -75,11 +70,11 @@ class Trainer:
         start = find_start(self.prepared, self.parallel, self._warn)
         done = 0 if start is None else self._load(start)
         steps = self.config.train.steps
-        if self._finished(done):
+        if self.parallel.world.broadcast_json(is_complete(self.prepared, done)):
             self.console.message(f"the run in {self.prepared.run_dir} is complete ({done} steps); nothing to do")
-            if self.leader and not (self.prepared.run_dir / REPORT).exists():
-                write_report(self.prepared.run_dir)
-            self._show(read_summary(self.prepared.run_dir))
+            if self.leader:
+                ensure_report(self.prepared.run_dir)
+            show_outcome(self.prepared, self.console)
             return
         info = RunInfo(
             dir=self.prepared.run_dir,
@@ -219,9 +214,7 @@ class Trainer:
             **identity(self.prepared),
             "samples": step * self.config.train.global_batch,
             "tokens": step * self.tokens_per_step,
-            "layout": self._layout(),
-            "plugins": self.prepared.manager.fingerprint(),
-            "versions": self._versions(),
+            **self._place(),
             "config": self.prepared.resolved.as_dict(),
             "callbacks": callbacks,
         }
@@ -241,83 +234,36 @@ class Trainer:
         self.weights.publish()
         return start.manifest.step
 
-    def _finished(self, done: int) -> bool:
-        complete = done >= self.config.train.steps and bool(read_summary(self.prepared.run_dir))
-        return bool(self.parallel.world.broadcast_json(complete))
-
     def _finish(self, step: int, seconds: float, tokens: int) -> None:
-        text = self._sample()
-        if not self.leader:
-            self.parallel.world.barrier()
-            return
-        # A run that was killed between its last checkpoint and its summary has them in its metrics only.
-        recorded = jsonl.read(self.metrics.path)
-        train_loss = next((r["loss"] for r in reversed(recorded) if "loss" in r), None)
-        evals = [record["eval"] for record in recorded if "eval" in record]
-        folder = self.prepared.run_dir / CHECKPOINTS
-        newest = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))[-1]
-        summary: dict[str, Any] = {
-            "steps": step,
-            "samples": step * self.config.train.global_batch,
-            "tokens": step * self.tokens_per_step,
-            "train_loss": train_loss,
-            "eval_loss": evals[-1]["loss"] if evals else None,
-            "eval_terms": evals[-1]["terms"] if evals else {},
-            "tokens_per_second": tokens / seconds if tokens else None,
-            "seconds": seconds,
-            "weights_sha256": weights_sha256(newest, read_manifest(newest)),
-            "parameters": self.prepared.spec.parameter_count(),
-            "layout": self._layout(),
-            "versions": self._versions(),
-            "plugins": self.prepared.manager.fingerprint(),
-            "device": str(self.parallel.device),
-            "warnings": self.warnings,
-        }
-        if self.config.eval.baselines:
-            fitted = baselines(self.prepared.train, self.prepared.validation, self.prepared.tokenizer.vocab_size)
-            summary["baselines"] = {"unigram": fitted.unigram, "bigram": fitted.bigram}
-        if text is not None:
-            files.write_text(self.prepared.run_dir / SAMPLE, text + "\n")
-        self.metrics.close()
-        write_summary(self.prepared.run_dir, summary)
-        write_report(self.prepared.run_dir)
+        text = sample_of(self.prepared, self.model)
+        if self.leader:
+            self.metrics.close()
+            facts = {
+                **self._place(),
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds if tokens else None,
+                "warnings": self.warnings,
+            }
+            write_outcome(self.prepared, step, facts, text)
         self.parallel.world.barrier()
-        self._show(summary)
-
-    def _show(self, summary: dict[str, Any]) -> None:
-        path = self.prepared.run_dir / SAMPLE
-        text = path.read_text(encoding="utf-8") if self.leader and path.exists() else None
-        self.console.finish(summary, text)
-        self.console.message(f"run folder  {self.prepared.run_dir}")
-        self.console.message(f"report      {self.prepared.run_dir / REPORT}")
-
-    def _sample(self) -> str | None:
-        wanted = self.config.sample
-        if not (self.prepared.spec.causal and self.prepared.spec.lm_head and wanted.tokens):
-            return None
-        return sample_text(
-            self.model,
-            self.prepared.tokenizer,
-            prompt=wanted.prompt,
-            tokens=wanted.tokens,
-            context=self.config.train.sequence_length,
-            temperature=wanted.temperature,
-            top_k=wanted.top_k,
-            seed=self.config.run.seed,
-        )
+        show_outcome(self.prepared, self.console)
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
         self.console.warn(text)
 
-    def _layout(self) -> dict[str, Any]:
-        return {"tp": self.parallel.tp.size, "sp": self.parallel.sp, "dp": self.parallel.dp.size}
-
-    def _versions(self) -> dict[str, str]:
-        return {"megalm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    def _place(self) -> dict[str, Any]:
+        """Where and with what this run runs."""
+        return {
+            "layout": {"tp": self.parallel.tp.size, "sp": self.parallel.sp, "dp": self.parallel.dp.size},
+            "threads": torch.get_num_threads(),
+            "device": str(self.parallel.device),
+            "versions": {"megalm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "plugins": self.prepared.manager.fingerprint(),
+        }
 
     def _heading(self) -> dict[str, object]:
-        layout = self._layout()
+        layout = self._place()["layout"]
         return {
             "run": self.prepared.run_dir,
             "objective": self.objective.name,

@@ -1,0 +1,80 @@
+"""What a finished run leaves: a generated sample, summary.json and report.html."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalm import files
+from megalm.checkpoint.folders import complete_checkpoints
+from megalm.checkpoint.load import weights_sha256
+from megalm.checkpoint.manifest import read_manifest
+from megalm.data.ngram import baselines
+from megalm.metrics import jsonl
+from megalm.metrics.console import ConsoleLike
+from megalm.metrics.report import NAME as REPORT
+from megalm.metrics.report import write_report
+from megalm.metrics.summary import read_summary, write_summary
+from megalm.model.language_model import LanguageModel
+from megalm.train.generate import sample_text
+from megalm.train.prepare import Prepared
+from megalm.train.run_folder import CHECKPOINTS, METRICS, SAMPLE
+
+
+def is_complete(prepared: Prepared, done: int) -> bool:
+    """The run has taken its last step and said so."""
+    return done >= prepared.resolved.config.train.steps and bool(read_summary(prepared.run_dir))
+
+
+def sample_of(prepared: Prepared, model: LanguageModel) -> str | None:
+    """Text that the model generates as ``[sample]`` says; none for other than causal models. Every rank calls it."""
+    config = prepared.resolved.config
+    wanted = config.sample
+    if not (prepared.spec.causal and prepared.spec.lm_head and wanted.tokens):
+        return None
+    return sample_text(
+        model,
+        prepared.tokenizer,
+        prompt=wanted.prompt,
+        tokens=wanted.tokens,
+        context=config.train.sequence_length,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        seed=config.run.seed,
+    )
+
+
+def write_outcome(prepared: Prepared, step: int, facts: dict[str, Any], sample: str | None) -> None:
+    """Write sample.txt, summary.json and report.html; rank 0 calls it once the last checkpoint is complete."""
+    config, run_dir = prepared.resolved.config, prepared.run_dir
+    # Losses are read back: a run killed between its last checkpoint and its summary has them nowhere else.
+    recorded = jsonl.read(run_dir / METRICS)
+    train_loss = next((record["loss"] for record in reversed(recorded) if "loss" in record), None)
+    evaluated: dict[str, Any] = next((record["eval"] for record in reversed(recorded) if "eval" in record), {})
+    newest = complete_checkpoints(run_dir / CHECKPOINTS)[0]
+    summary: dict[str, Any] = {
+        "steps": step,
+        "samples": step * config.train.global_batch,
+        "tokens": step * config.train.global_batch * config.train.sequence_length,
+        "train_loss": train_loss,
+        "eval_loss": evaluated.get("loss"),
+        "eval_terms": evaluated.get("terms", {}),
+        "weights_sha256": weights_sha256(newest, read_manifest(newest)),
+        "parameters": prepared.spec.parameter_count(),
+        **facts,
+    }
+    if config.eval.baselines:
+        fitted = baselines(prepared.train, prepared.validation, prepared.tokenizer.vocab_size)
+        summary["baselines"] = {"unigram": fitted.unigram, "bigram": fitted.bigram}
+    if sample is not None:
+        files.write_text(run_dir / SAMPLE, sample + "\n")
+    write_summary(run_dir, summary)
+    write_report(run_dir)
+
+
+def show_outcome(prepared: Prepared, console: ConsoleLike) -> None:
+    """Show the figures, the sample, and where to look further."""
+    run_dir = prepared.run_dir
+    sample = run_dir / SAMPLE
+    console.finish(read_summary(run_dir), sample.read_text(encoding="utf-8") if sample.exists() else None)
+    console.message(f"run folder  {run_dir}")
+    console.message(f"report      {run_dir / REPORT}")
