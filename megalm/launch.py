@@ -113,12 +113,11 @@ def _tell(reports: list[dict[str, Any]], place: Place) -> int:
 
 def _leave_together(rendezvous: Rendezvous, status: int) -> NoReturn:
     """Exit when every rank is about to: torchrun kills the others as soon as one has failed."""
-    from megalm.parallel.bootstrap import RendezvousError
-
     sys.stdout.flush()
     sys.stderr.flush()
-    # A rank that waits in a collective cannot come; it is ended by the launcher.
-    with contextlib.suppress(RendezvousError):
+    # A rank that waits in a collective cannot come, and is ended by the launcher; nor is there anything left to say
+    # where the rank that holds the store has gone already.
+    with contextlib.suppress(Exception):
         rendezvous.exchange("leaving", status, timeout=5.0)
     # Skips the interpreter's clean-up, whose length differs from rank to rank.
     os._exit(status)

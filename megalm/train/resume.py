@@ -16,7 +16,7 @@ from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.errors import CheckpointError
 from megalm.parallel.mesh import ParallelContext
 from megalm.train.prepare import Prepared
-from megalm.train.run_folder import CHECKPOINTS
+from megalm.train.run_folder import CHECKPOINTS, RunLock
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def find_start(prepared: Prepared, parallel: ParallelContext, warn: Callable[[str], None]) -> Start | None:
+def find_start(
+    prepared: Prepared, parallel: ParallelContext, lock: RunLock, warn: Callable[[str], None]
+) -> Start | None:
     """The checkpoint to start from, or none for a fresh run; CheckpointError on every rank where there is trouble."""
     found: dict[str, Any] = {}
     if parallel.rank == 0:
         try:
+            lock.take()
             folder = _choose(prepared, warn)
             found = {"folder": None if folder is None else str(folder)}
         except CheckpointError as error:

@@ -13,18 +13,21 @@ that only say how to run or what to show may change freely.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megalm import files
 from megalm.config.load import Resolved, diff_configs
-from megalm.errors import ConfigError
+from megalm.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 SAMPLE = "sample.txt"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 FREE_KEYS = {"run.allow_changed_config", "launch.collective_timeout", "log.every", "checkpoint.keep"}
 """Keys whose change does not change the run."""
 
@@ -69,3 +72,37 @@ def start_run_folder(resolved: Resolved) -> None:
         left.unlink()
     files.write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=1) + "\n")
     files.write_text(folder / "config.toml", resolved.to_toml())
+
+
+class RunLock:
+    """Held by rank 0 while it works in a run folder, so that two launches never write to one.
+
+    The kernel lets go of it however the process ends. File systems without locks are left unprotected.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Lock the folder, if it exists; CheckpointError where another process has it. Taking it twice is harmless."""
+        if self._file is not None or not self._folder.is_dir():
+            return
+        file = (self._folder / LOCK).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise CheckpointError(
+                    f"{self._folder}: another process is training in this run folder; wait for it, end it, "
+                    "or use another run.dir"
+                ) from error
+            return
+        self._file = file
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -26,7 +26,7 @@ from megalm.train.feed import TrainFeed, evaluation_rows
 from megalm.train.outcome import is_complete, sample_of, show_outcome, write_outcome
 from megalm.train.prepare import Prepared
 from megalm.train.resume import Start, find_start, identity
-from megalm.train.run_folder import CHECKPOINTS, METRICS, start_run_folder
+from megalm.train.run_folder import CHECKPOINTS, METRICS, RunLock, start_run_folder
 from megalm.train.step import Losses, evaluate, forward_backward
 
 
@@ -67,7 +67,14 @@ class Trainer:
 
     def run(self) -> None:
         """Train from where the run stands to its last step, evaluate, and leave summary and report."""
-        start = find_start(self.prepared, self.parallel, self._warn)
+        lock = RunLock(self.prepared.run_dir)
+        try:
+            self._run(lock)
+        finally:
+            lock.release()
+
+    def _run(self, lock: RunLock) -> None:
+        start = find_start(self.prepared, self.parallel, lock, self._warn)
         done = 0 if start is None else self._load(start)
         steps = self.config.train.steps
         if self.parallel.world.broadcast_json(is_complete(self.prepared, done)):
@@ -86,6 +93,7 @@ class Trainer:
         )
         if self.leader:
             start_run_folder(self.prepared.resolved)
+            lock.take()
             self.metrics.truncate_after(done)
         hook = self.prepared.manager.hook
         for name, callback in self.prepared.callbacks.items():
