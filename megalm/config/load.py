@@ -16,7 +16,7 @@ from typing import Any
 from megalm.config import toml
 from megalm.config.keys import diff_configs, dotted, flatten
 from megalm.config.positions import Path as KeyPath
-from megalm.config.schema import Config
+from megalm.config.schema import Config, ModelConfig
 from megalm.config.settings import Settings
 from megalm.config.source import Source, read_source
 from megalm.config.validate import Problem, validate
@@ -97,7 +97,9 @@ class _Resolver:
                 self.data.setdefault(name, {})
         defaults, known = self.architecture()
         config, problems = validate(Config, self.data, hint=_elsewhere)
-        problems = [p for p in problems if known or not (p.missing and p.path[0] == "model")]
+        if not known:  # what else [model] needs, an architecture may supply
+            supplied = {("model", name) for name in ModelConfig.model_fields} - {("model", "architecture")}
+            problems = [p for p in problems if not (p.missing and p.path in supplied)]
         self.problems += [self.attribute(p, defaults) for p in problems]
         for section, kind in SECTIONS.items():
             self.section(section, kind)

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megalm.config.settings import Settings
 
+
+def _folder(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("expected the name of a folder, not empty and without NUL characters")
+    return text
+
+
+Folder = Annotated[str, AfterValidator(_folder)]
 Precision = Literal["float32", "bfloat16", "float64"]
 
 
 class RunConfig(Settings):
     """Where the run lives and what seeds it."""
 
-    dir: str
+    dir: Folder
     """Folder of the run: configuration, metrics, checkpoints, summary and report. Relative to the working directory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds every draw of the run by address: initial weights, sample order, masking, dropout."""
@@ -115,7 +123,7 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """What to train and evaluate on."""
 
-    path: str
+    path: Folder
     """Folder written by ``megalm data prepare``; its train and validation parts are used."""
 
 
@@ -164,7 +172,7 @@ class CheckpointConfig(Settings):
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = Field(default=2, ge=1)
     """Complete checkpoints to keep."""
-    load: str | None = None
+    load: Folder | None = None
     """Start from this checkpoint folder. It must be whole; there is no fallback to an older one."""
 
 

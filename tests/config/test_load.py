@@ -274,6 +274,19 @@ def test_missing_keys_of_an_unknown_architecture_are_not_reported(problems):
     assert 'unknown architecture "nope"' in problem
 
 
+@pytest.mark.parametrize("text", [swap('architecture = "llama"\n', ""), GOOD.replace("[model]", "[unknown]")])
+def test_a_missing_architecture_is_reported(problems, text):
+    assert any(
+        p.startswith("run.toml") and ": model.architecture: required key is missing" in p for p in problems(text)
+    )
+
+
+@pytest.mark.parametrize("name", ["", "a\\u0000b"])
+def test_folders_have_names(problems, name):
+    (problem,) = problems(GOOD, f'run.dir="{name}"')
+    assert "run.dir: expected the name of a folder, not empty and without NUL characters" in problem
+
+
 def test_lines_of_dotted_keys_and_inline_tables(problems):
     text = GOOD.replace("lr = 1\n", "") + "[eval]\n[x]\n"
     text = 'log = { every = 0, callbacks = [\n"board", 3] }\n' + text
@@ -313,6 +326,24 @@ def test_syntax_errors_have_line_and_column(problems, text, place):
     assert "is not valid TOML" in problem
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("9" * 5000, "run.toml: holds an integer of more than 64 bits"),
+        ("0x" + "f" * 5000, "run.toml:2: a.b: is an integer of more than 64 bits"),
+        ("[" * 50 + "]" * 50, "run.toml:2: a.b[0][0]: is nested more than 32 levels deep"),
+        ("[" * 5000 + "]" * 5000, "run.toml: values are nested too deeply"),
+    ],
+)
+def test_values_that_nothing_can_hold(problems, value, problem):
+    assert problems(f"[a]\nb = {value}\n") == [problem]
+    assert problems("a." * 2000 + "a = 1")[0].endswith("is nested more than 32 levels deep")
+
+
+def test_a_byte_order_mark_is_no_syntax_error(load):
+    assert load("\ufeff" + GOOD).config.train.lr == 1
+
+
 def test_files_that_cannot_be_read(manager, tmp_path):
     def problem(path):
         with pytest.raises(ConfigError) as info:
@@ -335,11 +366,18 @@ def test_files_that_cannot_be_read(manager, tmp_path):
         ("a..b=3", "is not a dotted key"),
         ("a=1\nb=3", None),
         ("run.dir.x=3", "run.dir is a value, not a table that could hold x"),
+        ("train.steps=9223372036854775808", "train.steps: is an integer of more than 64 bits"),
+        ("train.steps=" + "9" * 5000, "train.steps: is an integer of more than 64 bits"),
+        ("train.steps=0x" + "f" * 5000, "train.steps: is an integer of more than 64 bits"),
+        ("run.dir=caf\udce9", "run.dir: is text that is not valid UTF-8"),
+        ("log.callbacks=" + "[" * 50 + "]" * 50, "is nested more than 32 levels deep"),
+        (".".join("a" * 2000) + "=1", "is nested more than 32 levels deep"),
     ],
 )
 def test_malformed_overrides(problems, pair, text):
     (problem,) = problems(GOOD, pair)
-    assert problem.startswith(f"--set {pair}: ")
+    line = pair.replace("\n", " ")
+    assert problem.startswith(f"--set {line if len(line) <= 120 else line[:120] + '...'}: ")
     assert text is None or text in problem
 
 
@@ -369,6 +407,18 @@ def test_a_wrong_type_shows_the_pair(problems):
         '--set train.lr=abc: train.lr: expected a number greater than 0, found the text "abc" (owner: megalm)',
         "--set run.dir=7: run.dir: expected text, found the integer 7; for text, quote it: '\"7\"' (owner: megalm)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("pair", "key"),
+    [("nope.x=1", "nope"), ("train.objective={x=1}", "train.objective"), ('objective."".x=1', 'objective.""')],
+)
+def test_a_table_that_only_the_command_line_has_points_there(problems, pair, key):
+    assert any(p.startswith(f"--set {pair}: {key}: ") for p in problems(GOOD, pair))
+
+
+def test_dates_stay_the_text_that_was_written(load):
+    assert load(GOOD, "run.dir=2026-01-02 03:04:05").config.run.dir == "2026-01-02 03:04:05"
 
 
 def test_an_overridden_list_no_longer_points_into_the_file(problems):
