@@ -192,27 +192,13 @@ def _documents(text: str) -> Any:
 
 def _settings(model: type[Settings], owner: str, pairs: Sequence[str]) -> Settings:
     """The tokenizer's settings from ``KEY=VALUE`` pairs; ConfigError with all that is wrong."""
-    from megalm.config.source import parse_override
+    from megalm.config.source import Source
     from megalm.config.validate import validate
 
-    problems: list[str] = []
-    given: dict[str, str] = {}
-    table: dict[str, Any] = {}
-    for pair in pairs:
-        try:
-            keys, value = parse_override(pair)
-        except ValueError as error:
-            problems.append(f"--set {pair}: {error}")
-            continue
-        given[keys[0]] = pair
-        inner = table
-        for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[keys[-1]] = value
-    cfg, wrong = validate(model, table, prefix=(owner,), owner=f"tokenizer {owner}")
-    problems += [
-        p.line(f"--set {given[str(p.path[1])]}" if p.path[1:2] and p.path[1] in given else "--set") for p in wrong
-    ]
+    source = Source("--set", {})
+    problems = source.apply(pairs)
+    cfg, wrong = validate(model, source.data, prefix=(owner,), owner=f"tokenizer {owner}")
+    problems += [problem.line(source.place(problem.path[1:])) for problem in wrong]
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def show_store(folder: Path, part: str, samples: int, verify: bool, resolve: Res
 
     Raises DataError or TokenizerError where the store, or its tokenizer, is damaged.
     """
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise DataError(f"{folder}: is a file; expected a folder written by megalm data prepare")
     store = TokenStore.open(folder, part)
     _, tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER, resolve)

@@ -53,7 +53,8 @@ def _check_free(out: Path, overwrite: bool, is_ours: Callable[[Path], bool], wha
     if not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink():
-        raise DataError(f"{out}: exists and is not a folder; choose another output folder")
+        found = "a symbolic link" if out.is_symlink() else "not a folder"
+        raise DataError(f"{out}: exists and is {found}; choose another output folder")
     if not any(out.iterdir()):
         return
     if not overwrite:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class SourceRecord(Settings):
     """An input file."""
 
     path: str
-    """As it was given."""
+    """As it was given; bytes that are not UTF-8 as ``\\xff``."""
     bytes: int
     """Size on disk, compressed where it is."""
     sha256: str
@@ -90,8 +91,9 @@ class Manifest(Settings):
     def read(cls, folder: Path) -> Manifest:
         """Read and check ``manifest.json``. DataError where the folder is no store, or the manifest was altered."""
         path = folder / NAME
-        if not path.is_file():
-            what = "has no manifest.json" if folder.is_dir() else "is not a folder" if folder.exists() else "is missing"
+        if not os.path.isfile(path):  # unlike Path.is_file, not troubled by names that are too long
+            there = "is not a folder" if os.path.exists(folder) else "is missing"
+            what = "has no manifest.json" if os.path.isdir(folder) else there
             raise DataError(f"{folder}: no token store here, it {what}; write one with: megalm data prepare")
         try:
             content = json.loads(path.read_bytes().decode("utf-8"))

@@ -7,6 +7,7 @@ store.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def prepare(
         raise DataError("no input files; name at least one text or JSONL file")
     total = sum(check_input(path) for path in paths)
     for path in paths:
-        if path.resolve().is_relative_to(out.resolve()):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise DataError(f"{path}: lies inside the output folder {out}; choose another output folder")
     options: dict[str, str | float] = {"validation": validation, "documents": documents, "text_key": text_key}
     with new_folder(out, overwrite=overwrite, is_ours=is_store, what="token store") as folder:
@@ -96,6 +97,11 @@ def is_store(folder: Path) -> bool:
         names = {"tokens", "index"}
         return (folder / manifests.NAME).is_file() and names <= {path.suffix[1:] for path in folder.glob("train.*")}
     return True
+
+
+def _printable(path: Path) -> str:
+    """A path as text; a name may hold bytes that are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 class _Job:
@@ -180,7 +186,7 @@ class _Job:
                         yield batch
                         batch, held = [], 0
                 self.sources.append(
-                    SourceRecord(path=str(path), bytes=source.count, sha256=source.sha256, documents=count)
+                    SourceRecord(path=_printable(path), bytes=source.count, sha256=source.sha256, documents=count)
                 )
         if batch:
             yield batch

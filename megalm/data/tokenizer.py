@@ -11,6 +11,7 @@ run, a dictionary's in a test.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -80,13 +81,13 @@ def tokenizer_from_spec(spec: str, resolve: Resolve) -> tuple[str, Tokenizer]:
     """
     folder = Path(spec)
     for place in (folder, folder / "tokenizer"):
-        if (place / DESCRIPTOR).is_file():
+        if os.path.isfile(place / DESCRIPTOR):
             return load_tokenizer(place, resolve)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         raise TokenizerError(f"{folder}: a folder without {DESCRIPTOR}; name what loads it, as in hf:{folder}")
     component, path, cls = _component_and_path(spec, resolve)
     if path is not None:
-        if not path.exists():
+        if not (os.path.isfile(path) or os.path.isdir(path)):
             raise TokenizerError(f"{path}: no such file; tokenizer {component} was to be loaded from it")
         return component, cls.load(path)
     return component, cls.train((), cls.Config())

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from megalm.api import Callback, RunInfo, Settings, hookimpl
 
 from .extra import require
@@ -20,7 +22,7 @@ class TensorBoardConfig(Settings):
 
     dir: str = "tensorboard"
     """Folder of the event files, relative to the run folder."""
-    steps_per_flush: int = 100
+    steps_per_flush: int = Field(default=100, ge=1)
     """Steps between flushes to disk. A checkpoint or an evaluation flushes too."""
 
 

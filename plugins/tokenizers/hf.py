@@ -19,7 +19,7 @@ import tokenizers
 from pydantic import Field
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError
+from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError, UsageError
 from megalm_plugins.tokenizers.segments import cut_at_segments
 
 _FILE = "tokenizer.json"
@@ -43,7 +43,7 @@ _CONTINUES = "##"
 class HFConfig(Settings):
     """How a tokenizer is trained."""
 
-    vocab_size: int = Field(default=8000, ge=8)
+    vocab_size: int = Field(default=8000, ge=8, le=1 << 24)
     """Entries, special tokens and the alphabet included."""
     model: Literal["bpe", "wordpiece"] = "bpe"
     """``bpe``: GPT-2's byte-level BPE, lossless. ``wordpiece``: BERT's."""
@@ -82,7 +82,7 @@ class HFTokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], cfg: Any) -> HFTokenizer:
         try:
             trained = _train_bpe(texts, cfg) if cfg.model == "bpe" else _train_wordpiece(texts, cfg)
-        except TokenizerError:
+        except UsageError:
             raise
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"hf: cannot train: {error}") from error

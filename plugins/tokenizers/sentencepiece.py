@@ -32,7 +32,7 @@ _ROLES = {
 class SentencePieceConfig(Settings):
     """How a model is trained."""
 
-    vocab_size: int = Field(default=8000, ge=8)
+    vocab_size: int = Field(default=8000, ge=8, le=1 << 24)
     """Pieces, the special ones and 256 bytes (with byte_fallback) included."""
     model: Literal["unigram", "bpe"] = "unigram"
     """Kind of model."""

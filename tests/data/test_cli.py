@@ -61,6 +61,14 @@ def test_errors_are_the_users(run, tmp_path, text_file):
     assert len(caught.value.problems) == 2
     assert "vocab_size" in str(caught.value)
     assert "wordpiece" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--set vocab_size\.x=1: vocab_size is a value, not a table"):
+        run(
+            "train-tokenizer", "hf", path, "--out", tmp_path / "s", "--set", "vocab_size=300", "--set", "vocab_size.x=1"
+        )
+    with pytest.raises(ConfigError, match="at most 16777216, found the integer 10000000000000"):
+        run("train-tokenizer", "hf", path, "--out", tmp_path / "s", "--set", "vocab_size=10000000000000")
+    with pytest.raises(DataError, match="no token store here, it is missing"):
+        run("inspect", tmp_path / ("x" * 300))
     with pytest.raises(DataError, match="is a file"):
         run("inspect", path)
     with pytest.raises(DataError, match="no token store"):

@@ -210,6 +210,14 @@ def test_missing_folder_and_odd_files(tmp_path, text_file):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_name_that_is_not_utf8(tmp_path, text_file):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+    with open(path, "w") as file:
+        file.write("a\n\nb")
+    _run([os.fsdecode(path)], tmp_path / "store")
+    assert Manifest.read(tmp_path / "store").sources[0].path == f"{tmp_path}/caf\\xe9.txt"
+
+
 def test_existing_output(tmp_path, text_file):
     out = tmp_path / "store"
     first, second = text_file("a\n\nb", "1.txt"), text_file("c\n\nd", "2.txt")
@@ -235,6 +243,10 @@ def test_existing_output(tmp_path, text_file):
         _run([mine / "thesis.txt"], mine, overwrite=True)
     with pytest.raises(DataError, match="not a folder"):
         _run([first], second, overwrite=True)
+    for name, target in (("link", out), ("loop", tmp_path / "loop")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(DataError, match=f"{name}: exists and is a symbolic link"):
+            _run([first], tmp_path / name, overwrite=True)
     assert (mine / "thesis.txt").read_text() == "x"
     assert _leftovers(tmp_path) == []
 

@@ -86,6 +86,8 @@ def test_specs(trained, tmp_path, resolve):
         (str(tmp_path), "a folder without megalm_tokenizer.json"),
         (f"sentencepiece:{path}", "not a SentencePiece model"),
         (f"hf:{path}", r"not a tokenizer\.json"),
+        ("x" * 300, "neither a folder"),
+        (f"hf:{'x' * 300}", "no such file"),
     ):
         with pytest.raises(TokenizerError, match=message):
             tokenizer_from_spec(spec, resolve)
