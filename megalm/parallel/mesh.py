@@ -78,7 +78,7 @@ def make_mesh(device: torch.device, *, tp: int, dp: int | None = None, sp: bool 
     mine: dict[str, Group] = {}
     for axis, members in rows.items():
         for ranks in members:
-            handle = dist.group.WORLD if axis == "world" else dist.new_group(list(ranks))
+            handle = dist.group.WORLD if axis == "world" else dist.new_group(list(ranks), group_desc=axis)
             if rank in ranks:
                 mine[axis] = Group(axis, ranks, ranks.index(rank), device, handle)
     return ParallelContext(rank, world_size, device, mine["tp"], mine["dp"], mine["world"], sp=sp and tp > 1)

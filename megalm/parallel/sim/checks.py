@@ -1,0 +1,119 @@
+"""Checks on the memory that ranks hand over.
+
+Between issue and wait the tensors of an operation belong to it. A simulated rank that breaks this rule would often get
+away with it, because its peer's turn comes late or early; so outputs are filled with NaN (integers with their largest
+value) until the wait, and inputs and outputs must be found as they were left. torch's version counters say cheaply that
+nothing was touched; views of one buffer share a counter, so where it moved the contents decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from megalm.parallel.sim.errors import RaceError, SharedStorageError
+from megalm.parallel.sim.operation import Operation, spell
+from megalm.parallel.sim.torch_hooks import StorageReference, storage_reference
+
+_IN_PLACE = ("broadcast", "reduce")
+_MANY = 4096
+
+
+def seal(op: Operation) -> None:
+    """Fill the outputs with values that no one takes for results, and note the state of all tensors."""
+    for tensor in op.outputs:
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            tensor.detach().fill_(float("nan"))
+        elif tensor.dtype != torch.bool:
+            tensor.detach().fill_(torch.iinfo(tensor.dtype).max)
+    op.versions = [_version(t) for t in (*op.inputs, *op.outputs)]
+
+
+def check_untouched(op: Operation) -> None:
+    """RaceError where a tensor of the operation was changed since :func:`seal`."""
+    if op.versions == [_version(t) for t in (*op.inputs, *op.outputs)]:
+        return
+    for number, (tensor, sent) in enumerate(zip(op.inputs, op.sent, strict=True)):
+        if not any(_overlap(tensor, o) for o in op.outputs) and not _same_bytes(tensor, sent):
+            raise _touched(op, f"input {number} ({spell(tensor)})", "sends what is there when the data leaves")
+    for number, tensor in enumerate(op.outputs):
+        if not _sealed(tensor):
+            raise _touched(op, f"output {number} ({spell(tensor)})", "overwrites it whenever the data arrives")
+
+
+def _touched(op: Operation, what: str, consequence: str) -> RaceError:
+    return RaceError(
+        f"rank {op.rank} changed {what} of {op} before waiting for it; a real operation {consequence}. "
+        f"Wait first, or hand over a copy.\n  issued\n{op.place_in_code('      ')}"
+    )
+
+
+def check_inputs_arrived(op: Operation, pending: Iterable[Operation]) -> None:
+    """RaceError where the operation would send what another of the rank's operations has not delivered yet."""
+    for earlier in pending:
+        for tensor in op.inputs:
+            if any(_overlap(tensor, output) for output in earlier.outputs):
+                raise RaceError(
+                    f"rank {op.rank} hands to {op}\n{op.place_in_code('      ')}\n"
+                    f"  the output of an operation that it has not waited for: {earlier}\n"
+                    f"{earlier.place_in_code('      ')}"
+                )
+
+
+class StorageOwners:
+    """Which rank each piece of memory that communication writes belongs to."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, tuple[StorageReference, int, str]] = {}
+
+    def claim(self, op: Operation) -> None:
+        """SharedStorageError where another rank's operation wrote, or is to write, the memory that this one uses."""
+        written = [*op.outputs, *(op.inputs if op.kind in _IN_PLACE else [])]
+        for tensor in (*op.inputs, *written):
+            if tensor.numel() == 0 or tensor.device.type == "meta":
+                continue
+            reference = storage_reference(tensor)
+            known = self._owners.get(reference.cdata)
+            if known is not None and known[1] != op.rank and not known[0].expired():
+                _, rank, origin = known
+                raise SharedStorageError(
+                    f"ranks {rank} and {op.rank} hand the same memory ({spell(tensor)}) to communication. Ranks in "
+                    "processes of their own cannot: is it kept in a module, a default argument or a closure? Make one "
+                    f"on each rank.\n  {origin}\n  {_origin(op)}"
+                )
+        origin = _origin(op)
+        for tensor in written:
+            if tensor.numel() and tensor.device.type != "meta":
+                reference = storage_reference(tensor)
+                # A text, for the operation would keep the memory alive.
+                self._owners[reference.cdata] = (reference, op.rank, origin)
+        if len(self._owners) > _MANY:
+            self._owners = {cdata: known for cdata, known in self._owners.items() if not known[0].expired()}
+
+
+def _origin(op: Operation) -> str:
+    return f"rank {op.rank}: {op.kind} in group {op.group}, at {' < '.join(op.frames)}"
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share bytes. Others are taken for apart: their spans may interleave."""
+    if a.device != b.device or a.device.type == "meta" or not (a.is_contiguous() and b.is_contiguous()):
+        return a is b
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    return start_a < start_b + b.numel() * b.element_size() and start_b < start_a + a.numel() * a.element_size()
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(flat[0], flat[1])
+
+
+def _sealed(tensor: torch.Tensor) -> bool:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return bool(tensor.detach().isnan().all())
+    return tensor.dtype == torch.bool or bool((tensor == torch.iinfo(tensor.dtype).max).all())

@@ -1,0 +1,104 @@
+"""The report of a deadlock: who waits where for whom, and the circle that they form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megalm.parallel.sim.fabric import Fabric
+from megalm.parallel.sim.operation import Operation
+from megalm.parallel.sim.rendezvous import other_tags
+from megalm.parallel.sim.scheduler import RankThread, Scheduler, Waitable
+from megalm.parallel.sim.store import StoreWait
+
+
+def deadlock_report(scheduler: Scheduler, fabric: Fabric) -> str:
+    """What each rank waits for, as text; for the moment when none can run."""
+    ranks = scheduler.ranks
+    needs = {rank.number: sorted({n for w in _open(rank) for n in missing_ranks(w, ranks)}) for rank in ranks}
+    lines = [f"deadlock: none of the {len(ranks)} ranks can go on"]
+    lines += [f"  {line}" for line in _gone(ranks, needs)]
+    cycle = find_cycle(needs)
+    if cycle:
+        lines.append(f"  cycle: {' -> '.join(f'rank {n}' for n in cycle)} (each waits for the next)")
+    for rank in ranks:
+        if rank.state == "ended":
+            lines.append(f"  rank {rank.number}: {rank.dropped or 'has ended'}")
+        for wait in _open(rank):
+            lines += _describe(rank, wait, ranks)
+    waited = {wait for rank in ranks for wait in rank.waits}
+    idle = [op for ops in fabric.pending.values() for op in ops if not op.matched and op not in waited]
+    if idle:
+        lines.append("  issued, without a peer, and not being waited for:")
+        lines += [f"    rank {op.rank}: {op}\n{op.place_in_code('        ')}" for op in idle]
+    return "\n".join(lines)
+
+
+def missing_ranks(wait: Waitable, ranks: list[RankThread]) -> list[int]:
+    """World ranks without which the waiting does not end."""
+    if isinstance(wait, Operation):
+        if wait.is_p2p:
+            return [wait.peer_rank]
+        assert wait.call is not None
+        here = wait.group.open[wait.call]
+        return [rank for place, rank in enumerate(wait.group.ranks) if place not in here]
+    if isinstance(wait, StoreWait):
+        return [r.number for r in ranks if not any(isinstance(w, StoreWait) and w.keys == wait.keys for w in r.waits)]
+    return []
+
+
+def find_cycle(needs: Mapping[int, list[int]]) -> list[int]:
+    """A shortest cycle, its first rank repeated at the end; empty where there is none."""
+    best: list[int] = []
+    for start in sorted(needs):
+        paths, seen = [[start]], {start}
+        while paths:
+            path = paths.pop(0)
+            for rank in needs.get(path[-1], []):
+                if rank == start and (not best or len(path) + 1 < len(best)):
+                    best = [*path, start]
+                if rank not in seen:
+                    seen.add(rank)
+                    paths.append([*path, rank])
+    return best
+
+
+def _open(rank: RankThread) -> list[Waitable]:
+    return [] if rank.state == "ended" else [wait for wait in rank.waits if not wait.done]
+
+
+def _gone(ranks: list[RankThread], needs: Mapping[int, list[int]]) -> list[str]:
+    """Ranks that others wait for in vain."""
+    lines = []
+    for rank in ranks:
+        waiting = [number for number, needed in needs.items() if rank.number in needed]
+        if rank.state == "ended" and waiting:
+            who = f"rank {waiting[0]} waits" if len(waiting) == 1 else f"ranks {_listed(waiting)} wait"
+            lines.append(f"culprit: rank {rank.number} {rank.dropped or 'has ended'}, but {who} for it")
+    return lines
+
+
+def _describe(rank: RankThread, wait: Waitable, ranks: list[RankThread]) -> list[str]:
+    lines = [f"  rank {rank.number}: waits in {wait}"]
+    missing = missing_ranks(wait, ranks)
+    if isinstance(wait, Operation) and wait.is_p2p:
+        lines.append(f"      missing: the {'recv' if wait.kind == 'send' else 'send'} of rank {wait.peer_rank}")
+        if tags := other_tags(wait):
+            lines[-1] += f" with tag {wait.tag}; it has one with tag {_listed(tags)}"
+    elif isinstance(wait, Operation):
+        arrived = sorted(set(wait.group.ranks) - set(missing))
+        lines.append(f"      missing: {_ranks(missing)}; there: {_ranks(arrived)}")
+    else:
+        lines.append(f"      missing: {_ranks(missing)}, or whoever sets the key (a group is created by all ranks)")
+    if isinstance(wait, Operation):
+        lines.append(wait.place_in_code("      "))
+    elif isinstance(wait, StoreWait):
+        lines.append(f"      at {' < '.join(wait.frames)}")
+    return lines
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {_listed(numbers)}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

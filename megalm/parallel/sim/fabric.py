@@ -1,0 +1,127 @@
+"""The wires between simulated ranks: where operations are issued, meet, and are waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from megalm.parallel.sim import checks
+from megalm.parallel.sim.errors import ForeignThreadError, GroupOrderError, UnawaitedError
+from megalm.parallel.sim.faults import Fault, Faults
+from megalm.parallel.sim.movement import collective_results
+from megalm.parallel.sim.operation import Group, Operation
+from megalm.parallel.sim.rendezvous import join_collective, post_p2p
+from megalm.parallel.sim.scheduler import Scheduler
+from megalm.parallel.sim.trace import Record, record
+
+P2P = Literal["rendezvous", "eager"]
+
+
+class Fabric:
+    """Groups and operations of one run."""
+
+    def __init__(self, scheduler: Scheduler, device: torch.device, p2p: P2P, faults: Iterable[Fault]) -> None:
+        self.scheduler = scheduler
+        self.groups: dict[str, Group] = {}
+        self.store: dict[str, bytes] = {}
+        """What the ranks' key-value store holds."""
+        self.trace: list[Record] = []
+        self.pending: dict[int, dict[Operation, None]] = {rank.number: {} for rank in scheduler.ranks}
+        """Operations that their rank has not waited for, in the order of issue."""
+        self._issued = dict.fromkeys(self.pending, 0)
+        self._device = device
+        self._eager = p2p == "eager"
+        self._faults = Faults(faults, scheduler)
+        self._owners = checks.StorageOwners()
+
+    def group(self, name: str, ranks: tuple[int, ...]) -> Group:
+        """The group of that name, made by the first rank that asks."""
+        group = self.groups.setdefault(name, Group(name, ranks, label=name))
+        if group.ranks != ranks:
+            rank = self.scheduler.me("create a process group").number
+            raise GroupOrderError(
+                f"rank {rank} creates process group {name!r} over ranks {list(ranks)}, but other ranks have created it "
+                f"over {list(group.ranks)}: every rank must create all groups, also those that it is not in, in the "
+                "same order"
+            )
+        return group
+
+    def issue(self, op: Operation) -> None:
+        """Start an operation of the rank whose turn it is."""
+        self._check_thread(op)
+        self._issued[op.rank] += 1
+        op.number = self._issued[op.rank]
+        spoils = self._faults.before(op)
+        self._owners.claim(op)
+        pending = self.pending[op.rank]
+        checks.check_inputs_arrived(op, pending)
+        with torch.no_grad():
+            op.sent = [t.detach().clone(memory_format=torch.contiguous_format) for t in op.inputs]
+            if spoils:
+                self._faults.spoil(op)
+            checks.seal(op)
+        self._settle()
+        pending[op] = None
+        self._match(op)
+        self.trace.append(record(op))
+
+    def wait(self, op: Operation) -> None:
+        """Give way until the operation has met its peers, then write its outputs."""
+        self._check_thread(op)
+        self.scheduler.wait([op])
+        if op.awaited:
+            return
+        with torch.no_grad():
+            checks.check_untouched(op)
+            for output, result in zip(op.outputs, op.results, strict=True):
+                output.detach().copy_(result.view(output.shape))
+        op.awaited, op.results = True, []
+        if op.kind != "send":  # one that ended at once is still to be received
+            op.sent = []
+        del self.pending[op.rank][op]
+
+    def check_nothing_left(self) -> None:
+        """UnawaitedError that lists operations which were never waited for, or never met their peer."""
+        left = {op: "never waited for" for ops in self.pending.values() for op in ops}
+        for group in self.groups.values():
+            unmet = [op for queue in group.posted.values() for op in queue]
+            unmet += [op for call in group.open.values() for op in call.values()]
+            left.update(dict.fromkeys(unmet, "never met by its peers"))
+        if left:
+            lines = [f"  rank {op.rank}: {op}, {what}\n{op.place_in_code('      ')}" for op, what in left.items()]
+            raise UnawaitedError("the ranks have ended, but operations are left over:\n" + "\n".join(lines))
+
+    def _match(self, op: Operation) -> None:
+        if op.is_p2p:
+            pair = post_p2p(op)
+            if pair is not None:
+                send, receive = pair
+                receive.results = send.sent
+                send.matched = receive.matched = True
+            elif self._eager and op.kind == "send":
+                op.matched = True
+            return
+        together = join_collective(op)
+        if together is None:
+            return
+        with torch.no_grad():
+            for one, results in zip(together, collective_results(together), strict=True):
+                one.results, one.matched = results, True
+        self._settle()
+
+    def _check_thread(self, op: Operation) -> None:
+        me = self.scheduler.me("communicate")
+        if me.number != op.rank:
+            raise self.scheduler.fail(
+                ForeignThreadError(
+                    f"rank {me.number} uses a process group or an operation that belongs to rank {op.rank}: {op}. Is "
+                    f"it kept in a module or another place that ranks share?\n{op.place_in_code('      ')}"
+                )
+            )
+
+    def _settle(self) -> None:
+        """Let copies on whatever stream is current end, so that ranks may use streams as they like."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()

@@ -1,0 +1,69 @@
+"""Faults that a caller plants, to see what its program does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megalm.parallel.sim.errors import InjectedFault
+from megalm.parallel.sim.operation import Operation
+from megalm.parallel.sim.scheduler import Dropped, Scheduler
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a rank at one of its operations.
+
+    ``raise``: the rank raises InjectedFault instead. ``nan``: the first element of what it sends becomes NaN (the
+    largest value, for integers). ``delay``: it issues the operation only when no other rank can run. ``drop``: its
+    thread ends without a word, as a killed process does.
+    """
+
+    kind: Literal["raise", "nan", "delay", "drop"]
+    rank: int
+    at: int = 1
+    """Which of the rank's operations, from 1; of those of ``operation``, where that is given."""
+    operation: str | None = None
+    """``all_reduce``, ``send``, ...; any, where not given."""
+
+
+class Faults:
+    """The faults of one run, and how far each rank has come."""
+
+    def __init__(self, faults: Iterable[Fault], scheduler: Scheduler) -> None:
+        self._faults = list(faults)
+        self._seen = dict.fromkeys(self._faults, 0)
+        self._scheduler = scheduler
+
+    def before(self, op: Operation) -> list[Fault]:
+        """Apply those that come before the operation; return those that change what it sends."""
+        later = []
+        for fault in self._faults:
+            if fault.rank != op.rank or fault.operation not in (None, op.kind):
+                continue
+            self._seen[fault] += 1
+            if self._seen[fault] != fault.at:
+                continue
+            if fault.kind == "raise":
+                raise InjectedFault(f"rank {op.rank} fails, as asked, at its operation {op.number}: {op}")
+            if fault.kind == "drop":
+                me = self._scheduler.me("communicate")
+                me.dropped = f"was dropped, as asked, at its operation {op.number}: {op}"
+                raise Dropped
+            if fault.kind == "delay":
+                self._scheduler.step_aside()
+            else:
+                later.append(fault)
+        return later
+
+    @staticmethod
+    def spoil(op: Operation) -> None:
+        """Make the first element of what is sent NaN, or the largest integer."""
+        for tensor in op.sent:
+            if tensor.numel():
+                bad = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
+                tensor.view(-1)[:1].fill_(bad)
+                return

@@ -1,0 +1,135 @@
+"""One rank's part in one operation, and the group that it happens in.
+
+An operation sends what its inputs held when it was issued, and its outputs are written when the rank waits for it, no
+sooner: so neither an early read nor a late write can pass for right because of the order in which ranks happened to
+run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megalm.parallel.phase import phases
+
+_OWN = Path(__file__).resolve().parent
+_SKIP = (
+    os.path.dirname(os.path.abspath(torch.__file__)),
+    os.path.abspath(threading.__file__),
+    str(_OWN),
+    str(_OWN.parent / "comm.py"),
+    str(_OWN.parent / "phase.py"),
+    "<",
+)
+_FRAMES = 3
+
+
+@dataclass(eq=False)
+class Group:
+    """A process group as all its ranks share it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    """World ranks in the group's order."""
+    label: str
+    """What reports call it: its description, where it has one."""
+    calls: dict[int, int] = field(default_factory=dict)
+    """Collectives that each place has issued."""
+    open: dict[int, dict[int, Operation]] = field(default_factory=dict)
+    """Collectives that wait for ranks: call number -> place -> operation."""
+    posted: dict[tuple[int, int, int, str], deque[Operation]] = field(default_factory=dict)
+    """Sends and receives without a peer: (source, destination, tag, kind)."""
+
+    def __str__(self) -> str:
+        size = len(self.ranks)
+        members = ", ".join(map(str, self.ranks)) if size <= 16 else f"{size} ranks"
+        return f"{self.label} [{members}]"
+
+
+@dataclass(eq=False)
+class Operation:
+    """What one rank asked for."""
+
+    kind: str
+    rank: int
+    place: int
+    """The rank's place in the group."""
+    group: Group
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    agreed: dict[str, Any]
+    """What all ranks that take part must say alike."""
+    reduction: str = "sum"
+    root: int = 0
+    """Place of the source or destination, where the operation has one."""
+    peer: int = 0
+    tag: int = 0
+    number: int = 0
+    """Which operation of its rank, from 1."""
+    call: int | None = None
+    """Which collective of its rank in its group, from 1."""
+    sent: list[torch.Tensor] = field(default_factory=list)
+    """Copies of the inputs."""
+    versions: list[int] = field(default_factory=list)
+    """torch's version counters of inputs, then outputs, when the operation had been issued."""
+    results: list[torch.Tensor] = field(default_factory=list)
+    matched: bool = False
+    """Everyone has come."""
+    awaited: bool = False
+    """The rank has waited, and the outputs are written."""
+    frames: tuple[str, ...] = field(default_factory=lambda: user_frames())
+    phases: tuple[str, ...] = field(default_factory=phases)
+
+    @property
+    def done(self) -> bool:
+        """Whether a rank that waits for it can go on."""
+        return self.matched
+
+    @property
+    def is_p2p(self) -> bool:
+        return self.kind in ("send", "recv")
+
+    @property
+    def peer_rank(self) -> int:
+        """World rank of the peer of a send or receive."""
+        return self.group.ranks[self.peer]
+
+    def __str__(self) -> str:
+        if self.is_p2p:
+            tensor = (self.inputs or self.outputs)[0]
+            way = "to" if self.kind == "send" else "from"
+            tag = f" tag {self.tag}" if self.tag else ""
+            return f"{self.kind} {way} rank {self.peer_rank} of {spell(tensor)}{tag}, group {self.group}"
+        what = ", ".join(f"{name} {value}" for name, value in self.agreed.items() if name != "operation")
+        call = "" if self.call is None else f" call {self.call} of"
+        return f"{self.kind}({what}),{call} group {self.group}"
+
+    def place_in_code(self, indent: str) -> str:
+        """Phase labels and user frames, as lines."""
+        lines = [f"{indent}during: {' > '.join(self.phases)}"] if self.phases else []
+        return "\n".join([*lines, f"{indent}at {' < '.join(self.frames)}"])
+
+
+def spell(tensor: torch.Tensor) -> str:
+    """``float32[2, 3]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def user_frames() -> tuple[str, ...]:
+    """The innermost three frames outside torch and the simulation, innermost first."""
+    out: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(out) < _FRAMES:
+        code = frame.f_code
+        if not code.co_filename.startswith(_SKIP):
+            out.append(f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back
+    return tuple(out)

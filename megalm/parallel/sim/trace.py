@@ -1,0 +1,109 @@
+"""What was said, by whom, and how many bytes it took.
+
+``payload`` is the logical size of an operation for a rank: the whole tensor that is reduced, the whole that is gathered
+or scattered, the message sent. ``wire`` is what the rank must send for it with ring algorithms: of n ranks, each sends
+2(n - 1)/n of the payload for an all-reduce and (n - 1)/n for the others; receiving costs nothing.
+(Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megalm.parallel.sim.operation import Operation
+
+
+@dataclass(frozen=True)
+class Record:
+    """One operation of one rank."""
+
+    rank: int
+    number: int
+    """Which operation of the rank, from 1."""
+    operation: str
+    group: str
+    """Label of the group: its description, as the mesh's axes have one."""
+    ranks: tuple[int, ...]
+    call: int | None
+    """Which collective of the rank in the group, from 1; none for sends and receives."""
+    peer: int | None
+    """World rank of the peer of a send or receive."""
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the inputs, or of the outputs where there are none."""
+    payload: int
+    wire: float
+    phase: str
+    frames: tuple[str, ...]
+
+    @property
+    def said(self) -> tuple[Any, ...]:
+        """What must be alike on every rank that runs the same program, whatever its place."""
+        return self.operation, self.group, self.call, self.dtype, self.shapes, self.phase
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Sums over operations; bytes."""
+
+    calls: int
+    payload: int
+    wire: float
+
+
+def record(op: Operation) -> Record:
+    """The record of an operation that has been numbered."""
+    tensors = op.inputs or op.outputs
+    payload = _bytes(op.outputs if op.kind == "all_gather" else tensors)
+    return Record(
+        rank=op.rank,
+        number=op.number,
+        operation=op.kind,
+        group=op.group.label,
+        ranks=op.group.ranks,
+        call=op.call,
+        peer=op.peer_rank if op.is_p2p else None,
+        dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+        shapes=tuple(tuple(t.shape) for t in tensors),
+        payload=payload,
+        wire=payload * _share(op),
+        phase=" > ".join(op.phases),
+        frames=op.frames,
+    )
+
+
+def comm_volume(
+    records: Iterable[Record], by: Iterable[str] = ("rank", "group", "operation")
+) -> dict[tuple[Any, ...], Volume]:
+    """Calls, payload and wire bytes, summed over records that agree on the fields ``by`` of :class:`Record`."""
+    fields = tuple(by)
+    sums: dict[tuple[Any, ...], Volume] = {}
+    for item in records:
+        key = tuple(getattr(item, name) for name in fields)
+        old = sums.get(key, Volume(0, 0, 0.0))
+        sums[key] = Volume(old.calls + 1, old.payload + item.payload, old.wire + item.wire)
+    return sums
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _share(op: Operation) -> float:
+    n = len(op.group.ranks)
+    if op.kind == "all_reduce":
+        return 2 * (n - 1) / n
+    if op.kind == "send":
+        return 1.0
+    if op.kind in ("recv", "barrier"):
+        return 0.0
+    if op.kind in ("gather", "scatter"):
+        at_root = op.place == op.root
+        if op.kind == "gather":
+            return 0.0 if at_root else 1.0
+        return (n - 1) / n if at_root else 0.0
+    return (n - 1) / n
