@@ -6,6 +6,7 @@ defect and shows all it has.
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -43,6 +44,9 @@ def show_error(error: UsageError) -> None:
 
 def main() -> None:
     """Entry point of the ``megalm`` command. Exits with status 2 after a UsageError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a narrow encoding cannot show is escaped, and no failure
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UsageError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 from rich.console import Console
@@ -97,7 +98,9 @@ def _show_documents(console: Console, store: TokenStore, tokenizer: Tokenizer, s
 
 
 def _visible(text: str) -> str:
-    """Without what a terminal would obey: control characters as \\x1b and the like, but for line breaks and tabs."""
+    """Without what a terminal would obey: control characters as \\x1b and the like, but for line breaks, tabs
+    and wide spaces."""
     return "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip("\n")
+        c if c in "\n\t" or c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text.strip("\n")
     )

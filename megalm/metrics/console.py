@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -193,7 +194,10 @@ class Console:
 
     def _showable(self, text: str) -> str:
         """``text`` without control characters, which a model may generate, and in what the output can encode."""
-        clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        clean = "".join(
+            c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+            for c in text
+        )
         return clean.encode(self._rich.encoding, errors="replace").decode(self._rich.encoding)
 
     def _view(self) -> Group:

@@ -26,6 +26,8 @@ from megalm.metrics.summary import read_summary
 NAME = "report.html"
 MAX_POINTS = 2000
 """Points of a curve; longer ones keep the least and the greatest value of equal stretches, so that no spike is lost."""
+LARGEST = 1e300
+"""Greater values are not drawn: an axis around them would overflow."""
 MAX_RANKS_DRAWN = 64
 COLORS = 6
 
@@ -197,12 +199,14 @@ def _chart_data(charts: list[Chart]) -> str:
         drawn = []
         for series in chart.series:
             thin = series.thin()
-            values = [value if math.isfinite(value) else None for value in thin.values]
+            values = [value if abs(value) < LARGEST else None for value in thin.values]
             drawn.append(asdict(thin) | {"values": values, "color": thin.color % COLORS})
         lines = [{"name": name, "value": value} for name, value in chart.baselines.items()]
         label = f"{chart.title} over {len(steps)} steps"
         specs.append({"id": chart.id, "label": label, "zero": chart.zero, "series": drawn, "baselines": lines})
-    data = {"range": [steps[0], steps[-1]] if steps else [0, 1], "steps": steps, "charts": specs}
+    first, last = (steps[0], steps[-1]) if steps else (0, 1)
+    axis = [first, last] if first < last else [first - 1, last + 1]
+    data = {"range": axis, "steps": steps, "charts": specs}
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -258,7 +262,7 @@ def _tiles(run: Run) -> str:
 def _margin(eval_loss: float, baselines: Mapping[str, float]) -> str:
     """The evaluation loss against the best baseline."""
     known = {name: value for name, value in baselines.items() if _is_finite(value)}
-    if not known:
+    if not known or not math.isfinite(eval_loss):
         return "nats"
     best = min(known, key=known.__getitem__)
     gap = eval_loss - known[best]

@@ -154,6 +154,13 @@ def test_notes_are_shown_and_defects_are_not_hidden(monkeypatch, capsys):
         main()
 
 
+def test_a_narrow_encoding_escapes_what_it_lacks():
+    code = "from megalm.cli import app; app.app = lambda: print('caf\\u00e9'); app.main()"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout == "caf\\xe9\n"
+
+
 def test_commands_of_a_lazy_group_come_from_its_module(fake_dist):
     import typer
 

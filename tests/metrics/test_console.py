@@ -90,6 +90,12 @@ def test_generated_control_characters_do_not_reach_the_terminal() -> None:
     assert "a\ufffd[2Jb\ufffd\tc\nd\ufffd\n".expandtabs() in out.getvalue().expandtabs()
 
 
+def test_wide_spaces_are_text() -> None:
+    console, out = plain()
+    console.finish(sample="\u3000\u4e00\xa0b")
+    assert "\u3000\u4e00\xa0b" in out.getvalue()
+
+
 def test_output_that_cannot_encode_gets_question_marks() -> None:
     raw = io.BytesIO()
     console = Console(rich=RichConsole(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True)))

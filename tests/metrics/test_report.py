@@ -125,6 +125,7 @@ def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "not finished" in page.text
     assert "Gradient norm (norm) is not finite at step 1" in page.text
+    assert page.data["range"] == [0, 2]
     assert page.data["charts"][2]["series"][0]["values"] == [None]
 
 
@@ -209,7 +210,31 @@ def test_short_runs_render_too(tmp_path: Path, steps: int) -> None:
     assert console == []
     assert 'data-ready="true"' in dom
     assert "NaN" not in "".join(re.findall(r"<svg.*?</svg>", dom))
+    assert steps == 0 or f'text-anchor="middle">{steps}<' in dom
     assert dom.count('class="empty"') == (4 if steps == 0 else 0)
+
+
+@browser
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [5.0, math.nextafter(5.0, 6.0), 5.0],  # no tick fits between neighbouring numbers
+        [0.0, 5e-324],
+        [1.7e308, -1.7e308, 3.0],
+        [math.nan, 2.0, math.nan, math.inf],
+    ],
+)
+def test_odd_values_render_too(tmp_path: Path, losses: list[float]) -> None:
+    (tmp_path / "run").mkdir()
+    with MetricsFile(tmp_path / "run" / "metrics.jsonl") as file:
+        for step, loss in enumerate(losses, 1):
+            file.append({"step": step, "loss": loss})
+        file.append({"step": len(losses), "eval": {"loss": math.nan}})
+    dom, console = show(write_report(tmp_path / "run"), tmp_path / "profile")
+    assert console == []
+    assert 'data-ready="true"' in dom
+    assert "NaN" not in "".join(re.findall(r"<svg.*?</svg>", dom))
+    assert len(re.findall(r'<path [^>]*d="M[^"]+h0', dom)) == 1
 
 
 @browser

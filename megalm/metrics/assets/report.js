@@ -63,11 +63,12 @@
     return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
   };
 
+  // A value between two gaps is a line of no length, which round caps show as a dot.
   const line = (steps, values, x, y) => {
     let path = "";
     let pen = false;
     values.forEach((value, i) => {
-      if (value !== null) path += `${pen ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;
+      if (value !== null) path += `${pen ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}${pen ? "" : "h0"}`;
       pen = value !== null;
     });
     return path;
@@ -100,7 +101,9 @@
       all.push(...spec.baselines.map((baseline) => baseline.value));
       const low = spec.zero ? 0 : all.reduce((a, b) => Math.min(a, b));
       const high = all.reduce((a, b) => Math.max(a, b));
-      const pad = (high - low || Math.abs(high) || 1) * 0.06;
+      // Values that differ by rounding alone count as equal: no ticks fit between neighbouring numbers.
+      const size = Math.max(Math.abs(low), Math.abs(high));
+      const pad = (high - low > size * 1e-9 ? high - low : size || 1) * 0.06;
       this.low = spec.zero ? 0 : low - pad;
       this.high = high + pad;
       new ResizeObserver(() => this.draw()).observe(this.plot);
