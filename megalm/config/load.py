@@ -178,8 +178,11 @@ class _Resolver:
                 self.problems.append(Problem(path, f'names "{name}" twice'))
                 continue
             component = self.find(kind.kind, name, path)
+            same = next((other for other, (c, _) in used.items() if c == component), None)
             if component is None:
                 failed.add(name)
+            elif same is not None:
+                self.problems.append(Problem(path, f'"{name}" and "{same}" are the same'))
             else:
                 used[name] = (component, path)
         return used, failed

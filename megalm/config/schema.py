@@ -21,6 +21,8 @@ def _folder(text: str) -> str:
 
 
 Folder = Annotated[str, AfterValidator(_folder)]
+Size = Annotated[int, Field(ge=1, le=1 << 26)]
+"""Of a tensor's dimension: a slip of the keyboard is refused here, and not by the allocator or after hours."""
 Precision = Literal["float32", "bfloat16", "float64"]
 
 
@@ -40,7 +42,7 @@ class LaunchConfig(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA (with NCCL) where it is available, else the CPU (with gloo)."""
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """CPU threads a rank. ``auto`` divides the cores among this host's ranks. Equal hashes need equal threads."""
     collective_timeout: float = Field(default=600.0, gt=0)
     """Seconds after which a collective that has not completed ends the job."""
@@ -62,21 +64,21 @@ class ModelConfig(Settings):
 
     architecture: str
     """Component of kind ``architectures`` that supplies the defaults of this section."""
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=10_000)
     """Transformer layers."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: Size
     """Width of the residual stream."""
-    heads: int = Field(ge=1)
+    heads: Size
     """Query heads."""
-    kv_heads: int | None = Field(default=None, ge=1)
+    kv_heads: Size | None = None
     """Key and value heads (grouped-query attention); default: as many as ``heads``, which they must divide."""
-    head_dim: int | None = Field(default=None, ge=1)
+    head_dim: Size | None = None
     """Features of a head; default: hidden_size / heads."""
-    ffn_size: int | None = Field(default=None, ge=1)
+    ffn_size: Size | None = None
     """Inner width of the MLP; default: 4 * hidden_size, or for a gated MLP 8/3 * hidden_size rounded up to 64."""
-    vocab_size: int | None = Field(default=None, ge=2)
+    vocab_size: int | None = Field(default=None, ge=2, le=1 << 26)
     """Rows of the embedding; default and least: the tokenizer's vocabulary."""
-    max_positions: int | None = Field(default=None, ge=1)
+    max_positions: Size | None = None
     """Rows of the learned position embedding; default and least: train.sequence_length."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Kind of normalisation."""
@@ -104,7 +106,7 @@ class ModelConfig(Settings):
     """Bias of the MLP's projections."""
     tie_embeddings: bool = True
     """The language-modelling head uses the token embedding's matrix."""
-    token_types: int = Field(default=0, ge=0)
+    token_types: int = Field(default=0, ge=0, le=1 << 26)
     """Rows of the token-type (segment) embedding; at least what the objective needs."""
     lm_head_transform: bool = False
     """Dense, activation and norm before the language-modelling head (BERT)."""
@@ -134,11 +136,11 @@ class TrainConfig(Settings):
     """Component of kind ``objectives``; ``a+b`` trains both on shared examples."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
-    sequence_length: int = Field(ge=2)
+    sequence_length: int = Field(ge=2, le=1 << 26)
     """Tokens of a row."""
-    global_batch: int = Field(ge=1)
+    global_batch: Size
     """Rows of a step over all ranks; accumulation is derived: global_batch / (micro_batch * dp)."""
-    micro_batch: int = Field(ge=1)
+    micro_batch: Size
     """Rows of one forward and backward on one data-parallel rank."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
@@ -190,7 +192,7 @@ class SampleConfig(Settings):
 
     prompt: str = "\n"
     """What to continue."""
-    tokens: int = Field(default=200, ge=0)
+    tokens: int = Field(default=200, ge=0, le=1_000_000)
     """Tokens to generate; 0: none."""
     temperature: float = Field(default=0.8, ge=0)
     """0 takes the likeliest token."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -103,14 +103,22 @@ class HFTokenizer(Tokenizer):
         (folder / _FILE).write_bytes(self._text.encode("utf-8"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._hf.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [found.ids for found in self._encode(self._hf.encode_batch_fast, list(texts))]
 
     def encode_segments(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        found = self._hf.encode_batch(["".join(segments) for segments in documents], add_special_tokens=False)
+        found = self._encode(self._hf.encode_batch, ["".join(segments) for segments in documents])
         return [
             cut_at_segments(text.ids, list(accumulate((start for start, _ in text.offsets), max)), segments)
             for text, segments in zip(found, documents, strict=True)
         ]
+
+    def _encode(self, encode: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(
+                f"hf: cannot encode the text: {error}; use a tokenizer that has a token for what it does not know"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         hidden = set(self._special.ids()) - {self._special.unk}

@@ -202,12 +202,12 @@ cosine = 3
         'run.toml:6: trian: unknown section; did you mean "train"? (owner: megalm)',
         'run.toml:10: model.architecture: unknown architecture "lama"; did you mean "llama"? available: llama, odd; '
         "installed but not loaded: LEFT (see --plugins) (owner: megalm)",
-        "run.toml:12: train.micro_batch: required key is missing; add it (an integer of at least 1) under [train] "
-        "(owner: megalm)",
+        "run.toml:12: train.micro_batch: required key is missing; add it (an integer of at least 1 and at most "
+        "67108864) under [train] (owner: megalm)",
         'run.toml:13: train.objective: unknown objective "mln"; did you mean "mlm"? available: broken, clm, fussy, '
         "mlm, nsp, strict; installed but not loaded: LEFT (see --plugins) (owner: megalm)",
         "run.toml:14: train.steps: expected an integer of at least 1, found the integer 0 (owner: megalm)",
-        'run.toml:15: train.sequence_length: expected an integer of at least 2, found the text "abc" (owner: megalm)',
+        'run.toml:15: train.sequence_length: expected an integer of at least 2 and at most 67108864, found the text "abc" (owner: megalm)',
         "run.toml:16: train.global_batch: expected an integer of at least 1, found the number 4.5 (owner: megalm)",
         "run.toml:17: train.lr: expected a number greater than 0, found true (owner: megalm)",
         'run.toml:19: train.precision: expected one of "float32", "bfloat16", "float64", found the text "float23" '
@@ -240,12 +240,23 @@ def test_missing_required_settings_of_a_used_plugin(problems):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [("mlm+", 'unknown objective ""'), ("mlm+mlm", 'names "mlm" twice'), ("", 'unknown objective ""')],
+    [
+        ("mlm+", 'unknown objective ""'),
+        ("mlm+mlm", 'names "mlm" twice'),
+        ("mlm+core:mlm", '"core:mlm" and "mlm" are the same'),
+        ("", 'unknown objective ""'),
+    ],
 )
 def test_joint_objectives_that_are_not(problems, value, text):
     (problem,) = problems(swap("mlm+nsp", value))
     assert problem.startswith("run.toml:12: train.objective: ")
     assert text in problem
+
+
+@pytest.mark.parametrize("key", ["model.layers", "model.hidden_size", "train.global_batch", "launch.threads"])
+def test_sizes_that_no_machine_has(problems, key):
+    (problem,) = problems(GOOD, f"{key}=1000000000000")
+    assert re.search(r"expected an integer of at least 1 and at most \d+.*, found the integer 1000000000000", problem)
 
 
 def test_a_component_that_cannot_be_imported(problems):

@@ -313,3 +313,15 @@ def test_identities_differ(unigram, bpe, wordpiece):
     identities = {t.identity for t in (unigram, bpe, wordpiece, ByteTokenizer())}
     assert len(identities) == 4
     assert all(len(i) == len(hashlib.sha256().hexdigest()) for i in identities)
+
+
+def test_text_that_a_tokenizer_has_no_token_for_is_the_users(tmp_path):
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizers.Tokenizer(model).to_str(), encoding="utf-8")
+    tokenizer = HFTokenizer.load(path)
+    assert tokenizer.encode_batch(["a"]) == [[0]]
+    with pytest.raises(TokenizerError, match=r"hf: cannot encode the text: .*UNK"):
+        tokenizer.encode_batch(["b"])
+    with pytest.raises(TokenizerError, match="a token for what it does not know"):
+        tokenizer.encode_segments([["a", "b"]])
