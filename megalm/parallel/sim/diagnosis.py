@@ -87,8 +87,10 @@ def _describe(rank: RankThread, wait: Waitable, ranks: list[RankThread]) -> list
     elif isinstance(wait, Operation):
         arrived = sorted(set(wait.group.ranks) - set(missing))
         lines.append(f"      missing: {_ranks(missing)}; there: {_ranks(arrived)}")
+        if absent := sorted(set(missing) - wait.group.made_by):
+            lines.append(f"      the group itself was never created by {_ranks(absent)}")
     else:
-        lines.append(f"      missing: {_ranks(missing)}, or whoever sets the key (a group is created by all ranks)")
+        lines.append(f"      missing: {_ranks(missing)}, or whoever is to set it")
     if isinstance(wait, Operation):
         lines.append(wait.place_in_code("      "))
     elif isinstance(wait, StoreWait):

@@ -39,8 +39,9 @@ class Fabric:
     def group(self, name: str, ranks: tuple[int, ...]) -> Group:
         """The group of that name, made by the first rank that asks."""
         group = self.groups.setdefault(name, Group(name, ranks, label=name))
+        rank = self.scheduler.me("create a process group").number
+        group.made_by.add(rank)
         if group.ranks != ranks:
-            rank = self.scheduler.me("create a process group").number
             raise GroupOrderError(
                 f"rank {rank} creates process group {name!r} over ranks {list(ranks)}, but other ranks have created it "
                 f"over {list(group.ranks)}: every rank must create all groups, also those that it is not in, in the "
@@ -83,7 +84,10 @@ class Fabric:
         del self.pending[op.rank][op]
 
     def check_nothing_left(self) -> None:
-        """UnawaitedError that lists operations which were never waited for, or never met their peer."""
+        """UnawaitedError that lists operations which were never waited for, or never met their peers.
+
+        GroupOrderError for a group that one of its ranks did not create.
+        """
         left = {op: "never waited for" for ops in self.pending.values() for op in ops}
         for group in self.groups.values():
             unmet = [op for queue in group.posted.values() for op in queue]
@@ -92,6 +96,12 @@ class Fabric:
         if left:
             lines = [f"  rank {op.rank}: {op}, {what}\n{op.place_in_code('      ')}" for op, what in left.items()]
             raise UnawaitedError("the ranks have ended, but operations are left over:\n" + "\n".join(lines))
+        for group in self.groups.values():
+            if missing := sorted(set(group.ranks) - group.made_by):
+                raise GroupOrderError(
+                    f"rank {missing[0]} never created process group {group}, as rank {min(group.made_by)} did: every "
+                    "rank must create all groups, also those that it is not in, in the same order"
+                )
 
     def _match(self, op: Operation) -> None:
         if op.is_p2p:

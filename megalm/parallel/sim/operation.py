@@ -41,6 +41,8 @@ class Group:
     """World ranks in the group's order."""
     label: str
     """What reports call it: its description, where it has one."""
+    made_by: set[int] = field(default_factory=set)
+    """World ranks that have created it."""
     calls: dict[int, int] = field(default_factory=dict)
     """Collectives that each place has issued."""
     open: dict[int, dict[int, Operation]] = field(default_factory=dict)
