@@ -42,5 +42,9 @@ class CheckpointError(UsageError):
     """A checkpoint that is missing, incomplete, altered or does not fit the model."""
 
 
+class ObjectiveError(MegalmError):
+    """An objective does not keep its contract: a tensor or a loss term is not what it declared."""
+
+
 class TokenizerError(UsageError):
     """A tokenizer that cannot be trained, loaded, or is not the one that the data was made with."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from megalm.parallel.bootstrap import Place, Rendezvous
     from megalm.train.prepare import Prepared
 
-USAGE_ERROR, FAILURE = 2, 1
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,6 +47,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns the exit status."""
+    _end_with_launcher()
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "-h" in arguments or "--help" in arguments:
         parse_arguments(arguments)
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepared = None
     try:
         prepared = _prepare(arguments, place)
-        report["fingerprint"] = prepared.manager.fingerprint()
+        report["facts"] = prepared.facts()
     except UsageError as error:
         report["error"], report["status"] = f"megalm: {_text(error)}", USAGE_ERROR
     except Exception:
@@ -100,15 +103,35 @@ def _tell(reports: list[dict[str, Any]], place: Place) -> int:
         alone = len(ranks) < len(reports) and ranks != [0]
         lines.append(f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {text}" if alone else text)
     if not failed:
-        for rank, report in enumerate(reports):
-            if report != reports[0]:
-                lines.append(
-                    f"megalm: the plugins of rank {rank} differ from those of rank 0: install the same everywhere"
-                )
-                break
+        lines = _disagreements([report["facts"] for report in reports])
     if lines and place.local_rank == 0:
         print("\n".join(lines), file=sys.stderr, flush=True)
     return max((report["status"] for report in failed.values()), default=USAGE_ERROR if lines else 0)
+
+
+def _disagreements(facts: list[dict[str, Any]]) -> list[str]:
+    """Where a rank's facts differ from rank 0's: the first such rank, each thing and both values."""
+    from megalm.config.load import diff_configs
+
+    for rank, mine in enumerate(facts):
+        lines = []
+        for topic, value in mine.items():
+            first = facts[0][topic]
+            if isinstance(value, dict):
+                lines += [f"  {topic}: {line}" for line in diff_configs(first, value)]
+            elif value != first:
+                lines.append(f"  {topic}: {first} -> {value}")
+        if lines:
+            return [f"megalm: rank {rank} differs from rank 0; every rank must have the same:", *lines]
+    return []
+
+
+def _end_with_launcher() -> None:
+    """Ask the kernel to end this rank with torchrun: torchrun gives ranks a session of their own, so whoever kills it
+    would leave them training.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _leave_together(rendezvous: Rendezvous, status: int) -> NoReturn:
@@ -138,10 +161,16 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
     torch.set_num_threads(_threads(place) if threads == "auto" else threads)
     try:
         start_process_group(rendezvous, device, config.launch.collective_timeout)
-        if place.world_size == 1:
+        if rendezvous.store is None:
             parallel = single_rank(device)
         else:
-            parallel = make_mesh(device, tp=config.parallel.tp, dp=config.parallel.dp, sp=config.parallel.sp)
+            parallel = make_mesh(
+                device,
+                tp=config.parallel.tp,
+                dp=config.parallel.dp,
+                sp=config.parallel.sp,
+                timeout=config.launch.collective_timeout,
+            )
         Trainer(prepared, parallel).run()
     except UsageError as error:
         if rendezvous.first("failed"):
@@ -150,7 +179,13 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
     except Exception:
         if rendezvous.first("failed"):
             print(f"megalm: rank {place.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return FAILURE
+        # Not by the interpreter's way out: taking down a group whose collectives wait for other ranks can hang.
+        os._exit(FAILURE)
+    except KeyboardInterrupt:
+        if place.rank == 0:
+            text = "interrupted; the same command goes on from the newest checkpoint"
+            print(f"megalm: {text}", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     stop_process_group()
     return 0
 

@@ -41,21 +41,11 @@ def training_state(weights: Weights, optimizer: torch.optim.Optimizer | None) ->
 
 
 def allocate_optimizer_state(weights: Weights, optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer create its state without moving a weight, so that there is something to load into."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    decays = [group.get("weight_decay") for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        if "weight_decay" in group:
-            group["weight_decay"] = 0.0
+    """Make the optimizer create its state, so that there is something to load into. The weights are loaded after it."""
     for master in weights.masters.values():
         master.grad = torch.zeros_like(master)
     optimizer.step()
     weights.zero_grad()
-    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
-        group["lr"] = rate
-        if decay is not None:
-            group["weight_decay"] = decay
 
 
 def set_scalars(weights: Weights, optimizer: torch.optim.Optimizer, scalars: dict[str, float]) -> None:

@@ -72,8 +72,9 @@ class ModelLossContext:
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         whole = self.full_sequence(hidden)
-        weight = mask.to(whole.dtype)[..., None]
-        return (whole * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+        wide = whole if whole.dtype == torch.float64 else whole.float()
+        weight = mask.to(wide.dtype)[..., None]
+        return ((wide * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)).to(whole.dtype)
 
     def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
         classifiers = self._model.classifiers

@@ -23,7 +23,7 @@ class VocabParallelEmbedding(ParallelModule):
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Vectors of all tokens (T,), token-sharded under SP: (T or T / tp, H)."""
-        if self.parallel.tp.size == 1:
+        if self.parallel.tp.alone:
             return F.embedding(tokens_T, self.weight)
         absent = (tokens_T < self.first_row) | (tokens_T >= self.last_row)
         local = (tokens_T - self.first_row).masked_fill(absent, 0)

@@ -58,7 +58,7 @@ class RowParallelLinear(ParallelModule):
         self.bias = self.declare_whole("bias", (out,), ZERO, parallel.token_partial) if bias else None
 
     def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
-        if self.parallel.tp.size == 1:
+        if self.parallel.tp.alone:
             return F.linear(x_TF, self.weight, self.bias)
         out = exit_tensor_region(F.linear(x_TF, self.weight), self.parallel)
         return out if self.bias is None else out + self.bias

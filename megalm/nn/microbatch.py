@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megalm.errors import ObjectiveError
 from megalm.ops.dropout import DropoutAddress, dropout, row_spans
 from megalm.parallel.collectives import token_shard
 from megalm.parallel.mesh import ParallelContext
@@ -46,6 +47,8 @@ def make_microbatch(
     address = full = None
     if slots is not None:
         views = rows // len(slots)
+        if views * len(slots) != rows:
+            raise ObjectiveError(f"{rows} rows for {len(slots)} samples; each sample must give the same number of rows")
         address = DropoutAddress(seed, step, row_spans(slots, length, *shard, views=views))
         full = DropoutAddress(seed, step, row_spans(slots, length, 0, rows * length, views=views))
     return Microbatch(tensors, rows, length, shard, address, full)

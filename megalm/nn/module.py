@@ -17,7 +17,7 @@ from megalm.parallel import rng
 from megalm.parallel.layout import Init, Layout, Part, Piece, Shard, pieces
 from megalm.parallel.mesh import ParallelContext
 
-_ROWS_AT_ONCE = 1 << 20
+_ELEMENTS_AT_ONCE = 1 << 20
 
 
 class ParallelModule(nn.Module):
@@ -106,7 +106,7 @@ def _fill(piece: Piece, init: Init, seed: int) -> None:
     inner = piece.part.shape[1:]
     width = int(np.prod(inner, dtype=np.int64))
     (first, last), *columns = piece.held
-    step = max(1, _ROWS_AT_ONCE // max(1, width))
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, width))
     for row in range(first, last, step):
         stop = min(row + step, last)
         values = rng.normal(key, row * width, stop * width).reshape(stop - row, *inner) * init.value

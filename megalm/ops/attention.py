@@ -24,9 +24,13 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, with as many key/value heads as query heads: (batch, heads, seq, head_dim).
 
-    ``mask_BS`` is true at keys that may be attended to; with ``causal`` it must be none.
+    ``mask_BS`` is true at keys that may be attended to.
     """
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
+    if mask is not None and causal:
+        length = q_BNSD.shape[2]
+        mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        causal = False
     return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=mask, is_causal=causal)
 
 

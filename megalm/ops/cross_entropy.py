@@ -65,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         grad_h = torch.empty_like(h_TH)
         grad_weight = None
-        grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
+        grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=stats.dtype)
         scale = grad_T * scored
         for start in range(0, h_TH.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
@@ -78,15 +78,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, local[part, None], -(scale[part] * mine[part])[:, None])
             grad_logits = grad_logits.to(h_TH.dtype)
             torch.mm(grad_logits, weight_VH, out=grad_h[part])
-            if grad_weight is None:
-                grad_weight = grad_logits.t() @ h_TH[part]
-            else:
-                grad_weight.addmm_(grad_logits.t(), h_TH[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
+            if grad_weight is None:
+                grad_weight = grad_logits.t() @ h_TH[part]
+            elif grad_weight.dtype == grad_logits.dtype == stats.dtype:
+                grad_weight.addmm_(grad_logits.t(), h_TH[part])
+            else:
+                # Chunks are added in float32: in bfloat16 the sum of many would lose what the products have.
+                grad_weight = grad_weight.to(stats.dtype).add_(grad_logits.t() @ h_TH[part])
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight_VH)
-        return grad_h, grad_weight, grad_bias, None, None, None, None, None
+        grad_bias = None if bias_V is None or grad_bias is None else grad_bias.to(bias_V.dtype)
+        return grad_h, grad_weight.to(weight_VH.dtype), grad_bias, None, None, None, None, None
 
 
 def linear_cross_entropy(

@@ -65,7 +65,8 @@ def dropout(x_TF: torch.Tensor, p: float, address: DropoutAddress, site: str) ->
     if threshold == 0:
         return x_TF
     keep = draws16(address, site, x_TF.shape[-1], x_TF.device) >= threshold
-    return x_TF * keep.to(x_TF.dtype).mul_(65536.0 / (65536 - threshold))
+    # A scalar factor is not rounded to x's dtype: in bfloat16 a scaled mask would bias every mean.
+    return (x_TF * keep) * (65536.0 / (65536 - threshold))
 
 
 def draws16(address: DropoutAddress, site: str, features: int, device: torch.device) -> torch.Tensor:

@@ -19,17 +19,16 @@ _BUCKET_ELEMENTS = 8 << 20
 def finish_gradients(weights: Weights) -> None:
     """Sum gradients where each rank has a part: partial ones, rows that ranks share, then data-parallel ranks."""
     parallel = weights.parallel
-    groups = {"tp": parallel.tp, "dp": parallel.dp}
     gradients = {name: weights.gradient(name) for name in weights.masters}
-    for axis, group in groups.items():
-        all_reduce_coalesced((g for name, g in gradients.items() if axis in weights.layouts[name].partial), group)
-    sum_overlaps(weights.gradient_pieces(), groups)
+    # Every gradient is partial on the data-parallel axis; layouts say which are on the tensor-parallel one as well.
+    all_reduce_coalesced((g for name, g in gradients.items() if "tp" in weights.layouts[name].partial), parallel.tp)
+    sum_overlaps(weights.gradient_pieces(), {"tp": parallel.tp})
     all_reduce_coalesced(gradients.values(), parallel.dp)
 
 
 def all_reduce_coalesced(tensors: Iterable[torch.Tensor], group: Group) -> None:
     """Sum tensors of one dtype in place over the group, in few large messages."""
-    if group.size == 1:
+    if group.alone:
         return
     for bucket in _buckets(tensors):
         flat = group.all_reduce(torch.cat([t.reshape(-1) for t in bucket]))
@@ -57,10 +56,10 @@ def global_norm(weights: Weights) -> torch.Tensor:
         # Data-parallel ranks hold the same sums, so ownership is asked for the first of them.
         owned = piece.part.owned({**weights.parallel.indices, "dp": 0})
         if owned is not None:
-            norms.append(torch.linalg.vector_norm(piece.view(owned)))
+            norms.append(torch.linalg.vector_norm(piece.view(owned), dtype=torch.float64))
     device = weights.parallel.device
     squares = (
-        torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+        torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
     )
     return weights.parallel.tp.all_reduce(squares).sqrt()
 

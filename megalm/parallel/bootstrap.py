@@ -16,9 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistStoreError, FileStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistStoreError,
+    FileStore,
+    HashStore,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
 
 from megalm.errors import MegalmError
+from megalm.parallel.comm import exercise_backend
 
 
 class RendezvousError(MegalmError):
@@ -47,9 +55,9 @@ class Place:
 
 
 class Rendezvous:
-    """The launch's key-value store; every method is a no-op for one rank."""
+    """The launch's key-value store; none for one rank, unless it is to exercise a backend all the same."""
 
-    def __init__(self, place: Place, timeout: float = 60.0) -> None:
+    def __init__(self, place: Place, timeout: float = 600.0) -> None:
         self.place = place
         self._timeout = timedelta(seconds=timeout)
         self._store: Store | None = None
@@ -60,6 +68,8 @@ class Rendezvous:
             # A restarted job finds the keys of its former life in the same store.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = PrefixStore(f"megalm/{attempt}", store)
+        elif exercise_backend():
+            self._store = HashStore()
 
     @property
     def store(self) -> Store | None:
@@ -85,8 +95,11 @@ class Rendezvous:
         return found
 
     def first(self, topic: str) -> bool:
-        """True on the first rank that asks, false on later ones."""
-        return self._store is None or self._store.add(topic, 1) == 1
+        """True on the first rank that asks, and where the store is gone; false on later ones."""
+        try:
+            return self._store is None or self._store.add(topic, 1) == 1
+        except RuntimeError:
+            return True
 
 
 def start_process_group(launch: Rendezvous, device: torch.device, timeout: float) -> None:

@@ -85,12 +85,12 @@ class _Replicate(torch.autograd.Function):
 
 def copy_to_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Enter a tensor region with replicated ``x``: forward identity, backward all-reduce."""
-    return x if group.size == 1 else _Copy.apply(x, group)
+    return x if group.alone else _Copy.apply(x, group)
 
 
 def enter_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
     """Enter a tensor region: all tokens from (T or T / tp, H); the backward sums over the tensor-parallel axis."""
-    if parallel.tp.size == 1:
+    if parallel.tp.alone:
         return x_TH
     out: torch.Tensor = (_Gather if parallel.sp else _Copy).apply(x_TH, parallel.tp)
     return out
@@ -98,7 +98,7 @@ def enter_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.
 
 def exit_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
     """Leave a tensor region: the sum over the axis of each rank's partial (T, H), token-sharded under SP."""
-    if parallel.tp.size == 1:
+    if parallel.tp.alone:
         return x_TH
     out: torch.Tensor = (_Scatter if parallel.sp else _Reduce).apply(x_TH, parallel.tp)
     return out

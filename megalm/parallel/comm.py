@@ -2,7 +2,7 @@
 
 Every collective of megalm is a method of :class:`Group`, which calls torch.distributed. NCCL, gloo and simulated groups
 run the same code; nothing else in the project may call a collective (a lint test sees to it). A group of one returns at
-once, so no caller asks whether an axis is in use; ``MEGALM_NO_SHORT_CIRCUIT=1`` switches that off, to exercise a real
+once; ``MEGALM_NO_SHORT_CIRCUIT=1`` switches that off, to exercise a real
 backend with one rank.
 
 Object collectives are forbidden because they pickle: what ranks tell each other is tensors or JSON.
@@ -23,6 +23,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
+def exercise_backend() -> bool:
+    """Whether groups of one are to communicate all the same."""
+    return os.environ.get("MEGALM_NO_SHORT_CIRCUIT") == "1"
+
+
 class Group:
     """The ranks that share one axis of the mesh, seen from one of them."""
 
@@ -37,17 +42,18 @@ class Group:
         self.size = len(ranks)
         self._device = device
         self._handle = handle
-        self._alone = self.size == 1 and (handle is None or os.environ.get("MEGALM_NO_SHORT_CIRCUIT") != "1")
+        self.alone = self.size == 1 and (handle is None or not exercise_backend())
+        """Nothing is communicated. Callers that would save work for a group of one ask this, not the size."""
 
     def all_reduce(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> torch.Tensor:
         """Reduce ``x`` (contiguous, any shape) in place over the group, and return it."""
-        if not self._alone:
+        if not self.alone:
             dist.all_reduce(x, op=_OPS[op], group=self._handle)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate every rank's ``x`` (equal shapes) along dimension 0."""
-        if self._alone:
+        if self.alone:
             return x
         out = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
         _all_gather(out, x.contiguous(), group=self._handle)
@@ -55,7 +61,7 @@ class Group:
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` over the group and return this rank's equal share of dimension 0."""
-        if self._alone:
+        if self.alone:
             return x
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         _reduce_scatter(out, x.contiguous(), group=self._handle)
@@ -63,24 +69,25 @@ class Group:
 
     def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite ``x`` with that of the rank at place ``source``, and return it."""
-        if not self._alone:
+        if not self.alone:
             dist.broadcast(x, src=self.ranks[source], group=self._handle)
         return x
 
     def barrier(self) -> None:
         """Return once every rank of the group has called this."""
-        self.all_reduce(torch.zeros(1, device=self._device))
+        # Reading the value waits for it: an NCCL collective returns once it is queued.
+        self.all_reduce(torch.zeros(1, device=self._device)).item()
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in the axis's order, on every rank."""
-        if self._alone:
+        if self.alone:
             return [json.loads(json.dumps(value))]
         data = json.dumps(value).encode()
         sizes = self.all_gather(torch.tensor([len(data)], device=self._device)).tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         rows = self.all_gather(padded[None].to(self._device)).cpu()
-        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+        return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def broadcast_json(self, value: Any, source: int = 0) -> Any:
         """The JSON value of the rank at place ``source``, on every rank."""

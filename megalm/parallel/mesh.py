@@ -8,6 +8,7 @@ ranks can live in one process.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -63,11 +64,15 @@ def single_rank(device: torch.device | str = "cpu") -> ParallelContext:
     return ParallelContext(0, 1, where, one["tp"], one["dp"], one["world"], sp=False)
 
 
-def make_mesh(device: torch.device, *, tp: int, dp: int | None = None, sp: bool = False) -> ParallelContext:
+def make_mesh(
+    device: torch.device, *, tp: int, dp: int | None = None, sp: bool = False, timeout: float | None = None
+) -> ParallelContext:
     """Groups for every axis over the initialised default process group.
 
-    Every rank creates every group in the same order, as torch.distributed demands.
+    Every rank creates every group in the same order, as torch.distributed demands. ``timeout`` (seconds) is that of the
+    collectives; groups do not inherit it from the default group.
     """
+    limit = None if timeout is None else timedelta(seconds=timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tp, dp = layout_sizes(world_size, tp, dp)
     rows = {
@@ -78,7 +83,10 @@ def make_mesh(device: torch.device, *, tp: int, dp: int | None = None, sp: bool 
     mine: dict[str, Group] = {}
     for axis, members in rows.items():
         for ranks in members:
-            handle = dist.group.WORLD if axis == "world" else dist.new_group(list(ranks), group_desc=axis)
+            handle = (
+                dist.group.WORLD if axis == "world" else dist.new_group(list(ranks), timeout=limit, group_desc=axis)
+            )
             if rank in ranks:
                 mine[axis] = Group(axis, ranks, ranks.index(rank), device, handle)
-    return ParallelContext(rank, world_size, device, mine["tp"], mine["dp"], mine["world"], sp=sp and tp > 1)
+    sharded = sp and not mine["tp"].alone
+    return ParallelContext(rank, world_size, device, mine["tp"], mine["dp"], mine["world"], sp=sharded)

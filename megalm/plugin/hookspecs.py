@@ -141,7 +141,9 @@ class ComponentSpecs:
 
 
 class EventSpecs:
-    """Hooks that follow a run. ``run`` is a RunInfo; steps count from 0; an exception ends the run on every rank."""
+    """Hooks that follow a run. ``run`` is a RunInfo; ``step`` is 1 for the first step (a schedule's ``at`` counts from 0);
+    an exception ends the run on every rank.
+    """
 
     @hookspec
     @contract(when="once, when model, optimizer and data are ready", collectives=True)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalm.config.load import Resolved
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, ObjectiveError
 from megalm.parallel import rng
 from megalm.plugin.contract.objective import (
+    IGNORE,
     Batch,
     Corpus,
     Coupling,
@@ -39,7 +40,8 @@ class TrainingObjective:
     split, part, epoch, sample).
     """
 
-    def __init__(self, parts: Mapping[str, Objective]) -> None:
+    def __init__(self, parts: Mapping[str, Objective], vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         ordered = dict(sorted(parts.items()))
         builders = [n for n, part in ordered.items() if type(part).extend_example is Objective.extend_example]
         if len(builders) > 1:
@@ -74,24 +76,72 @@ class TrainingObjective:
         return example
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Stack rows into the declared tensors."""
+        """Stack rows into the declared tensors; ObjectiveError where they are not as declared."""
         batch: dict[str, np.ndarray] = {}
         for part in self.parts.values():
             batch.update(part.collate(examples))
+        if set(batch) != set(self.needs.tensors):
+            raise ObjectiveError(
+                f"objective {self.name}: collate gives {', '.join(sorted(batch))}, "
+                f"but needs() declares {', '.join(sorted(self.needs.tensors))}"
+            )
+        for name, spec in self.needs.tensors.items():
+            self._check_tensor(name, spec, batch[name], batch["tokens"].shape)
         return batch
+
+    def _check_tensor(self, name: str, spec: TensorSpec, array: np.ndarray, tokens: tuple[int, ...]) -> None:
+        known = dict(zip(("batch", "seq"), tokens, strict=True))
+        expected = [known.get(dim, size) for dim, size in zip(spec.dims, array.shape, strict=False)]
+        if array.dtype != spec.dtype or array.ndim != len(spec.dims) or list(array.shape) != expected:
+            raise ObjectiveError(
+                f"objective {self.name}: the tensor {name!r} is {array.dtype}{list(array.shape)}, "
+                f"but is declared {spec.dtype} ({', '.join(spec.dims)}) with {known}"
+            )
+        if name in ("tokens", "labels") and array.size:
+            ids = array if name == "tokens" else array[array != IGNORE]
+            if ids.size and not (ids.min() >= 0 and ids.max() < self._vocab_size):
+                raise ObjectiveError(
+                    f"objective {self.name}: {name!r} holds ids from {ids.min()} to {ids.max()}, "
+                    f"but the vocabulary has {self._vocab_size}"
+                )
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Items that each term scores."""
         return {term: n for part in self.parts.values() for term, n in part.counts(batch).items()}
 
     def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
-        """Sums of every term."""
-        return {name: term for part in self.parts.values() for name, term in part.loss(hidden, batch, ctx).items()}
+        """Sums of the terms that score something, of the tensors that the last stage has."""
+        last = {name: batch[name] for name, spec in self.needs.tensors.items() if spec.to != "first"}
+        terms: dict[str, Term] = {}
+        for part_name, part in self.parts.items():
+            found = part.loss(hidden, last, ctx)
+            if extra := sorted(set(found) - set(part.weights())):
+                raise ObjectiveError(f"objective {part_name}: loss() gives {extra[0]!r}, which weights() does not name")
+            for name, term in found.items():
+                if term.sum.dim() != 0:
+                    raise ObjectiveError(
+                        f"objective {part_name}: the term {name!r} has shape {list(term.sum.shape)}; "
+                        "a term is the sum of its items, one number"
+                    )
+            terms.update(found)
+        return terms
+
+    def check_terms(self, terms: Mapping[str, Term], counts: Mapping[str, int]) -> None:
+        """ObjectiveError where a term scored something by its counts but has no sum."""
+        if missing := sorted(name for name, n in counts.items() if n and name not in terms):
+            raise ObjectiveError(
+                f"objective {self.name}: counts() says that {missing[0]!r} scores {counts[missing[0]]} items, "
+                "but loss() gives no such term"
+            )
 
     def _join_needs(self) -> Needs:
         tensors: dict[str, TensorSpec] = {}
         heads: dict[str, HeadSpec] = {}
         needs = {name: part.needs() for name, part in self.parts.items()}
+        for name, need in needs.items():
+            tokens = need.tensors.get("tokens")
+            if tokens is None or tokens.dims != ("batch", "seq"):
+                raise ObjectiveError(f"objective {name}: needs() must declare 'tokens' with dimensions (batch, seq)")
         if len({n.attention for n in needs.values()}) > 1:
             raise ConfigError(
                 ["train.objective: " + ", ".join(f"{k} needs {n.attention} attention" for k, n in needs.items())]
@@ -128,4 +178,4 @@ def build_objective(resolved: Resolved, manager: PluginManager, env: ObjectiveEn
     for (section, key), component in resolved.components.items():
         if section == "objective":
             parts[component.name] = manager.load_component(component)(resolved.sections[section, key], env)
-    return TrainingObjective(parts)
+    return TrainingObjective(parts, env.tokenizer.vocab_size)

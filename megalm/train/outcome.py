@@ -21,8 +21,8 @@ from megalm.train.run_folder import CHECKPOINTS, METRICS, SAMPLE
 
 
 def is_complete(prepared: Prepared, done: int) -> bool:
-    """The run has taken its last step and said so."""
-    return done >= prepared.resolved.config.train.steps and bool(read_summary(prepared.run_dir))
+    """The run has taken its last step and said so; an earlier summary is of a run that was since made longer."""
+    return done >= prepared.resolved.config.train.steps and read_summary(prepared.run_dir).get("steps") == done
 
 
 def sample_of(prepared: Prepared, model: LanguageModel) -> str | None:

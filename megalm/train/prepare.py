@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,22 @@ class Prepared:
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.resolved.config.run.dir)
+
+    @property
+    def data_identity(self) -> str:
+        """Hex SHA-256 over the hashes of the token files."""
+        parts = {name: part.model_dump() for name, part in sorted(self.train.manifest.parts.items())}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What every rank of a launch must agree on, as JSON."""
+        return {
+            "configuration": self.resolved.as_dict(),
+            "plugins": self.manager.fingerprint(),
+            "versions": {name: metadata.version(name) for name in ("megalm", "torch")},
+            "tokenizer": self.tokenizer.identity,
+            "data": self.data_identity,
+        }
 
 
 def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> Prepared:

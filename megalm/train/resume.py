@@ -13,7 +13,7 @@ from typing import Any
 
 from megalm.checkpoint.folders import complete_checkpoints, newest_whole, open_whole, set_aside, sweep
 from megalm.checkpoint.manifest import Manifest, read_manifest
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, UsageError
 from megalm.parallel.mesh import ParallelContext
 from megalm.train.prepare import Prepared
 from megalm.train.run_folder import CHECKPOINTS, RunLock
@@ -28,12 +28,17 @@ class Start:
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it."""
+    """What a checkpoint must have in common with the run that starts from it."""
     return {
         "tokenizer": prepared.tokenizer.identity,
         "objective": prepared.objective.name,
         "objective_versions": prepared.objective.versions,
     }
+
+
+def own_identity(prepared: Prepared) -> dict[str, Any]:
+    """What a run's own checkpoints have in common with it as well: the same samples follow."""
+    return {"data": prepared.data_identity, "global_batch": prepared.resolved.config.train.global_batch}
 
 
 def find_start(
@@ -46,7 +51,7 @@ def find_start(
             lock.take()
             folder = _choose(prepared, warn)
             found = {"folder": None if folder is None else str(folder)}
-        except CheckpointError as error:
+        except UsageError as error:
             found = {"error": str(error)}
     found = parallel.world.broadcast_json(found)
     if "error" in found:
@@ -70,21 +75,29 @@ def _choose(prepared: Prepared, warn: Callable[[str], None]) -> Path | None:
     for complaint in complaints:
         warn(f"damaged checkpoint passed over: {complaint}")
     if folder is not None:
+        _check_identity(folder, read_manifest(folder), {**identity(prepared), **own_identity(prepared)})
         for newer in complete_checkpoints(root):
             if newer > folder:
                 set_aside(newer)
         if complaints:
             warn(f"using the older checkpoint {folder.name} instead")
-    elif prepared.resolved.config.checkpoint.load is not None:
-        folder = Path(prepared.resolved.config.checkpoint.load)
-        open_whole(folder)
-    if folder is not None:
-        _check_identity(folder, read_manifest(folder), prepared)
+        return folder
+    config = prepared.resolved.config
+    if config.checkpoint.load is None:
+        return None
+    folder = Path(config.checkpoint.load)
+    manifest = open_whole(folder)
+    _check_identity(folder, manifest, identity(prepared))
+    if manifest.step >= config.train.steps:
+        raise CheckpointError(
+            f"{folder}: has taken {manifest.step} steps, and train.steps = {config.train.steps}; "
+            "there is nothing left to train"
+        )
     return folder
 
 
-def _check_identity(folder: Path, manifest: Manifest, prepared: Prepared) -> None:
-    for key, mine in identity(prepared).items():
+def _check_identity(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> None:
+    for key, mine in wanted.items():
         theirs = manifest.state.get(key)
         if theirs != mine:
             raise CheckpointError(

@@ -16,20 +16,27 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from megalm import files
 from megalm.config.load import Resolved, diff_configs
-from megalm.errors import CheckpointError, ConfigError
+from megalm.errors import ConfigError
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 SAMPLE = "sample.txt"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
-FREE_KEYS = {"run.allow_changed_config", "launch.collective_timeout", "log.every", "checkpoint.keep"}
-"""Keys whose change does not change the run."""
+FREE_KEYS = {
+    *("run.dir", "run.allow_changed_config", "launch.collective_timeout", "checkpoint.keep", "checkpoint.load"),
+    *("log.every", "log.callbacks", "sample.prompt", "sample.tokens", "sample.temperature", "sample.top_k"),
+}
+"""Keys whose change does not change the run: where it lies, what it shows, what it keeps."""
+LOCK_WAIT = 5.0
+"""Seconds to wait for the lock: ranks of a launch that was just killed may still be on their way out."""
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
@@ -43,8 +50,11 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
 def check_run_folder(resolved: Resolved) -> None:
     """ConfigError where the folder holds a run of another configuration, or cannot be one's folder. Writes nothing."""
     folder = Path(resolved.config.run.dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError([f"run.dir: {folder} is a file; name a folder"])
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if _exists(path))
+    if not above.is_dir():
+        raise ConfigError([f"run.dir: {above} is a file; name a folder"])
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError([f"run.dir: {above} cannot be written to; name another folder or change its permissions"])
     path = folder / CONFIG
     if not path.exists():
         return
@@ -63,10 +73,19 @@ def check_run_folder(resolved: Resolved) -> None:
         )
 
 
-def start_run_folder(resolved: Resolved) -> None:
-    """Create the folder and write the configuration. Rank 0 calls it, after every rank agreed to start."""
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A name that is too long, say; what lies above it decides.
+        return False
+
+
+def start_run_folder(resolved: Resolved, lock: RunLock) -> None:
+    """Create the folder, lock it and write the configuration. Rank 0 calls it, after every rank agreed to start."""
     folder = Path(resolved.config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
     for left in folder.glob(".*.tmp"):
         # A killed process was about to rename it.
         left.unlink()
@@ -85,20 +104,28 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def take(self) -> None:
-        """Lock the folder, if it exists; CheckpointError where another process has it. Taking it twice is harmless."""
+        """Lock the folder, if it exists; ConfigError where another process has it. Taking it twice is harmless."""
         if self._file is not None or not self._folder.is_dir():
             return
         file = (self._folder / LOCK).open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise CheckpointError(
-                    f"{self._folder}: another process is training in this run folder; wait for it, end it, "
-                    "or use another run.dir"
-                ) from error
-            return
+        deadline = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    break
+                if time.monotonic() > deadline:
+                    file.close()
+                    raise ConfigError(
+                        [
+                            f"run.dir: another process is training in {self._folder}; wait for it, end it, "
+                            "or use another run.dir"
+                        ]
+                    ) from error
+                time.sleep(0.1)
+            else:
+                break
         self._file = file
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import make_microbatch
 from megalm.parallel.mesh import ParallelContext
+from megalm.plugin.contract.objective import Term
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
 
@@ -43,9 +44,12 @@ def forward_backward(
         tensors = rows.tensors(parallel.device)
         batch = make_microbatch(tensors, parallel, seed=seed, step=step, slots=rows.slots)
         terms = objective.loss(model(batch), tensors, model.context(batch))
-        sums.add({name: term.sum for name, term in terms.items()})
+        objective.check_terms(terms, objective.counts(rows.batch))
+        sums.add(terms)
         scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
-        torch.stack(scaled).sum().backward()
+        total = torch.stack(scaled).sum() if scaled else None
+        if total is not None and total.requires_grad:
+            total.backward()
     return sums.losses(scored, parallel)
 
 
@@ -58,8 +62,7 @@ def evaluate(model: LanguageModel, objective: TrainingObjective, batches: Iterab
     for rows in batches:
         tensors = rows.tensors(parallel.device)
         batch = make_microbatch(tensors, parallel)
-        terms = objective.loss(model(batch), tensors, model.context(batch))
-        sums.add({name: term.sum for name, term in terms.items()})
+        sums.add(objective.loss(model(batch), tensors, model.context(batch)))
         for name, n in objective.counts(rows.batch).items():
             local[name] += n
     return sums.losses(_over_ranks(local, parallel), parallel)
@@ -90,8 +93,10 @@ class _Sums:
         self._weights = objective.weights
         self._sums = torch.zeros(len(self._weights), dtype=torch.float64, device=device)
 
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
-        self._sums += torch.stack([terms[name].detach().double() for name in self._weights])
+    def add(self, terms: dict[str, Term]) -> None:
+        for index, name in enumerate(self._weights):
+            if name in terms:
+                self._sums[index] += terms[name].sum.detach()
 
     def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
         sums = parallel.dp.all_reduce(self._sums).tolist()

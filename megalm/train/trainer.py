@@ -25,7 +25,7 @@ from megalm.plugin.contract.callback import RunInfo
 from megalm.train.feed import TrainFeed, evaluation_rows
 from megalm.train.outcome import is_complete, sample_of, show_outcome, write_outcome
 from megalm.train.prepare import Prepared
-from megalm.train.resume import Start, find_start, identity
+from megalm.train.resume import Start, find_start, identity, own_identity
 from megalm.train.run_folder import CHECKPOINTS, METRICS, RunLock, start_run_folder
 from megalm.train.step import Losses, evaluate, forward_backward
 
@@ -77,7 +77,7 @@ class Trainer:
         start = find_start(self.prepared, self.parallel, lock, self._warn)
         done = 0 if start is None else self._load(start)
         steps = self.config.train.steps
-        if self.parallel.world.broadcast_json(is_complete(self.prepared, done)):
+        if self.parallel.world.broadcast_json(self.leader and is_complete(self.prepared, done)):
             self.console.message(f"the run in {self.prepared.run_dir} is complete ({done} steps); nothing to do")
             if self.leader:
                 ensure_report(self.prepared.run_dir)
@@ -92,8 +92,7 @@ class Trainer:
             total_steps=steps,
         )
         if self.leader:
-            start_run_folder(self.prepared.resolved)
-            lock.take()
+            start_run_folder(self.prepared.resolved, lock)
             self.metrics.truncate_after(done)
         hook = self.prepared.manager.hook
         for name, callback in self.prepared.callbacks.items():
@@ -220,6 +219,7 @@ class Trainer:
         self.prepared.manager.hook.megalm_save_state(run=info, meta=callbacks)
         state = {
             **identity(self.prepared),
+            **own_identity(self.prepared),
             "samples": step * self.config.train.global_batch,
             "tokens": step * self.tokens_per_step,
             **self._place(),
@@ -253,8 +253,7 @@ class Trainer:
                 "warnings": self.warnings,
             }
             write_outcome(self.prepared, step, facts, text)
-        self.parallel.world.barrier()
-        show_outcome(self.prepared, self.console)
+            show_outcome(self.prepared, self.console)
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)

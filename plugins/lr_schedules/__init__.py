@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from megalm.api import Component, LRSchedule, Settings, hookimpl
+from megalm.api import Component, ConfigError, LRSchedule, Settings, hookimpl
 
 MEGALM_API = (1, 0)
 
@@ -25,7 +25,7 @@ class DecayConfig(Settings):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises to its peak, which step ``warmup_steps`` has."""
     final: float = Field(default=0.1, ge=0, le=1)
-    """Rate after the last step as a share of the peak."""
+    """Rate that the schedule falls towards, as a share of the peak: what a step after the last would have."""
 
 
 class WarmupStableDecayConfig(DecayConfig):
@@ -77,6 +77,16 @@ class WarmupStableDecay(_Schedule):
 
     Config = WarmupStableDecayConfig
 
+    def __init__(self, cfg: WarmupStableDecayConfig, lr: float, steps: int) -> None:
+        super().__init__(cfg, lr, steps)
+        self.decay_steps = cfg.decay_steps or max(1, steps // 10)
+        if cfg.warmup_steps + self.decay_steps > steps:
+            raise ConfigError(
+                [
+                    f"lr_schedule.wsd: {cfg.warmup_steps} warm-up and {self.decay_steps} decay steps "
+                    f"are more than train.steps = {steps}"
+                ]
+            )
+
     def shape(self, step: int) -> float:
-        decay: int = self.cfg.decay_steps or max(1, self.steps // 10)
-        return max(0.0, min(1.0, (self.steps - step) / decay))
+        return max(0.0, min(1.0, (self.steps - step) / self.decay_steps))

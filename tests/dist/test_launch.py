@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from megalm.testing.runs import make_store
+
 pytestmark = pytest.mark.dist
 TP2 = ["parallel.tp=2", "parallel.sp=true"]
 RAISING = """
@@ -153,6 +155,7 @@ class TestForked:
         assert done.stderr == ""
         assert summary(tmp_path / "run")["layout"] == {"tp": 1, "sp": False, "dp": 1}
         assert files(tmp_path / "run") == {
+            ".lock",
             "config.json",
             "config.toml",
             "metrics.jsonl",
@@ -216,6 +219,23 @@ class TestForked:
         assert [rank.code for rank in fork(trained, cwd=tmp_path).wait()] == [0, 0]
         assert (run / "report.html").exists()
 
+    def test_summary_of_a_shorter_run_is_not_completion(self, fork: Any, trained: list[str], tmp_path: Path) -> None:
+        path = tmp_path / "run/summary.json"
+        short = path.read_text()
+        longer = [*trained, "train.steps=6", "run.allow_changed_config=true"]
+        assert [rank.code for rank in fork(longer, cwd=tmp_path).wait()] == [0, 0]
+        expected = summary(tmp_path / "run")
+        # As a kill after the last checkpoint would leave it.
+        path.write_text(short)
+        assert [rank.code for rank in fork(longer, cwd=tmp_path).wait()] == [0, 0]
+        assert summary(tmp_path / "run")["steps"] == 6
+        assert summary(tmp_path / "run")["weights_sha256"] == expected["weights_sha256"]
+
+    def test_data_that_changed_under_a_run(self, fork: Any, trained: list[str], store: Path, tmp_path: Path) -> None:
+        other = make_store(tmp_path, seed=5)
+        moved = [*trained, f"data.path={other}", "train.steps=6", "run.allow_changed_config=true"]
+        refused(fork(moved, cwd=tmp_path).wait(), "step-00000004", "was made with data")
+
     def test_truncated_newest_checkpoint(self, fork: Any, trained: list[str], tmp_path: Path) -> None:
         run = tmp_path / "run"
         before = summary(run)
@@ -246,6 +266,9 @@ class TestForked:
         steps = [json.loads(line)["step"] for line in (tmp_path / "other/metrics.jsonl").read_text().splitlines()]
         assert sorted(set(steps)) == [5, 6]
         shutil.rmtree(tmp_path / "other")
+        finished = [*trained, "run.dir=other", f"checkpoint.load={named}"]
+        refused(fork(finished, cwd=tmp_path).wait(), "step-00000004", "has taken 4 steps", "train.steps = 4")
+        assert not (tmp_path / "other").exists()
         truncate(named / "weights-00000.safetensors")
         before = content(tmp_path)
         refused(fork(elsewhere, cwd=tmp_path).wait(), "step-00000004/weights-00000.safetensors", "truncated")
@@ -326,6 +349,7 @@ def flip_middle(path: Path) -> None:
 
 MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "not a number": (settings("train.lr=abc"), ("--set train.lr=abc", "expected a number greater than 0", '"abc"')),
+    "impossible run folder": (settings("run.dir=run.toml/x"), ("run.dir", "run.toml", "is a file")),
     "unknown key": (config_line("[eval2]\n"), ("run.toml:", "eval2")),
     "misspelt key": (settings("train.stepz=3"), ("train.stepz", '"steps"')),
     "unknown objective": (settings("train.objective=causal_ml"), ("train.objective", "causal_ml", "causal_lm")),

@@ -164,7 +164,7 @@ class TestBrokenEngines:
 
         def shifted(self, hidden, batch, ctx):  # type: ignore[no-untyped-def]
             model, rows = ctx._model, ctx._batch
-            local = batch["tokens"].reshape(-1)[slice(*rows.shard)]
+            local = rows.tensors["tokens"].reshape(-1)[slice(*rows.shard)]
             labels = torch.roll(local, -1)
             labels[-1] = -100
             whole = model.parallel.tp.all_gather(labels) if model.parallel.sp else labels

@@ -112,7 +112,7 @@ def test_float32_is_float64_rounded() -> None:
 def test_a_tensor_is_drawn_in_blocks_of_rows_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     one = single_rank()
     whole = logical(built(one), one)
-    monkeypatch.setattr("megalm.nn.module._ROWS_AT_ONCE", 50)
+    monkeypatch.setattr("megalm.nn.module._ELEMENTS_AT_ONCE", 50)
     assert all(torch.equal(t, whole[name]) for name, t in logical(built(one), one).items())
 
 

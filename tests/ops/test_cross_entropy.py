@@ -120,3 +120,26 @@ def test_vocabulary_over_three_ranks() -> None:
     joined = [sum(out["grad0"] for out in found), *(torch.cat([o[f"grad{i}"] for o in found]) for i in (1, 2))]
     for a, b in zip(joined, expected, strict=True):
         torch.testing.assert_close(a, b.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_many_chunks_in_bfloat16_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights' gradient is added up in float32; in bfloat16 its error would grow with the chunks."""
+    draw = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(256, 16, generator=draw), torch.randn(11, 16, generator=draw)
+    labels = torch.randint(11, (256,), generator=draw)
+    bias = torch.zeros(11)
+
+    def gradients(dtype: torch.dtype, chunk_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+        w, b = weight.bfloat16().to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
+        group = single_rank().tp
+        linear_cross_entropy(h.bfloat16().to(dtype), w, labels, group, vocab_size=11, bias_V=b).sum().backward()
+        assert w.grad is not None
+        assert b.grad is not None
+        assert w.grad.dtype == b.grad.dtype == dtype
+        return w.grad.double(), b.grad.double()
+
+    exact = gradients(torch.float64, 1 << 30)
+    one, many = gradients(torch.bfloat16, 1 << 30), gradients(torch.bfloat16, 2 * 11 * 4)
+    for truth, a, b in zip(exact, one, many, strict=True):
+        assert (b - truth).norm() <= 1.5 * (a - truth).norm()

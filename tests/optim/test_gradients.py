@@ -179,3 +179,12 @@ def test_buckets_sum_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     for found in run_processes(rank, dp=2):
         for n, shape in enumerate(shapes):
             assert torch.equal(found[str(n)], torch.full(shape, 2.0 * n + 3))
+
+
+def test_norm_of_gradients_whose_squares_overflow_float32() -> None:
+    _, weights = build(single_rank(), torch.float32)
+    for name in weights.masters:
+        weights.gradient(name).fill_(3e19)
+    elements = sum(master.numel() for master in weights.masters.values())
+    expected = torch.tensor(3e19, dtype=torch.float32).item() * elements**0.5
+    assert global_norm(weights).item() == pytest.approx(expected, rel=1e-12)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megalm.errors import ConfigError
 from megalm_plugins.lr_schedules import Cosine, DecayConfig, Linear, WarmupStableDecay, WarmupStableDecayConfig
 from megalm_plugins.optimizers.adamw import AdamW, AdamWConfig
 
@@ -84,3 +85,10 @@ def test_adamw_by_its_formula() -> None:
         update = (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-6)
         expected = expected * (1 - 0.01 * 0.3) - 0.01 * update
     torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_wsd_needs_room_for_its_phases() -> None:
+    settings = WarmupStableDecayConfig(warmup_steps=5, decay_steps=10)
+    WarmupStableDecay(settings, PEAK, 15)
+    with pytest.raises(ConfigError, match=r"5 warm-up and 10 decay steps are more than train\.steps = 14"):
+        WarmupStableDecay(settings, PEAK, 14)

@@ -199,7 +199,7 @@ class TestJoint:
     def test_one_term_cannot_come_twice(self, prepare: Any) -> None:
         (part,) = prepare("mlm").objective.parts.values()
         with pytest.raises(ConfigError, match="loss term 'mlm'"):
-            TrainingObjective({"a": part, "b": part})
+            TrainingObjective({"a": part, "b": part}, 262)
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "mlm+nsp"])

@@ -212,7 +212,10 @@ class Objective(ABC):
 
     @abstractmethod
     def collate(self, examples: list[Example]) -> Batch:
-        """Stack rows. Labels are shifted HERE, never in the loss: a neighbour may live on another rank."""
+        """Stack rows into exactly the tensors of :meth:`needs`. Labels are shifted HERE, never in the loss: a neighbour
+        may live on another rank. Where each example gives several rows (views), row r is view r % views of example
+        r // views.
+        """
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -220,4 +223,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
-        """Sums of each term over the batch."""
+        """Sums of each term of :meth:`weights` over the batch; a term that scores nothing in it may be left out.
+
+        ``batch`` holds the tensors whose spec says ``to="last"`` or ``"all"``.
+        """

@@ -1,0 +1,96 @@
+"""An objective that breaks its contract is named, with the tensor or the term, instead of failing somewhere below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megalm.errors import ObjectiveError
+from megalm.parallel.mesh import single_rank
+from megalm.plugin.contract.objective import Term
+from megalm.testing.parity import loss_and_gradients
+from megalm.train.prepare import Prepared
+
+Prepare = Callable[..., Prepared]
+
+
+def step(prepared: Prepared) -> dict[str, torch.Tensor]:
+    return loss_and_gradients(prepared, single_rank())
+
+
+def part_of(prepared: Prepared) -> Any:
+    (part,) = prepared.objective.parts.values()
+    return type(part)
+
+
+COLLATE: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "a token outside the vocabulary": (lambda b: {**b, "tokens": b["tokens"] + 300}, "'tokens' holds ids from"),
+    "a label outside the vocabulary": (lambda b: {**b, "labels": b["labels"] + 300}, "'labels' holds ids from"),
+    "another type": (lambda b: {**b, "labels": b["labels"].astype(np.int32)}, "'labels' is int32"),
+    "another shape": (lambda b: {**b, "labels": b["labels"][:, :-1]}, "'labels' is int64"),
+    "an undeclared tensor": (lambda b: {**b, "more": b["labels"]}, "gives labels, more, tokens"),
+    "a missing tensor": (lambda b: {"tokens": b["tokens"]}, "declares labels, tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", COLLATE)
+def test_collate(fault: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare()
+    change, message = COLLATE[fault]
+    cls = part_of(prepared)
+    correct = cls.collate
+    monkeypatch.setattr(cls, "collate", lambda self, examples: change(correct(self, examples)))
+    with pytest.raises(ObjectiveError, match=message):
+        step(prepared)
+
+
+LOSS: dict[str, tuple[Callable[[dict[str, Term]], Any], str]] = {
+    "an unknown term": (lambda terms: {**terms, "more": terms["causal_lm"]}, "'more', which weights"),
+    "a missing term": (lambda terms: {}, "'causal_lm' scores 128 items"),
+    "not a sum": (lambda terms: {"causal_lm": Term(terms["causal_lm"].sum[None])}, r"has shape \[1\]"),
+}
+
+
+@pytest.mark.parametrize("fault", LOSS)
+def test_loss(fault: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare()
+    change, message = LOSS[fault]
+    cls = part_of(prepared)
+    correct = cls.loss
+    monkeypatch.setattr(cls, "loss", lambda self, *arguments: change(correct(self, *arguments)))
+    with pytest.raises(ObjectiveError, match=message):
+        step(prepared)
+
+
+def test_loss_sees_only_what_the_last_stage_has(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare("mlm+nsp")
+    seen: set[str] = set()
+    for part in prepared.objective.parts.values():
+        correct = type(part).loss
+
+        def loss(self: Any, hidden: Any, batch: Any, ctx: Any, correct: Any = correct) -> Any:
+            seen.update(batch)
+            return correct(self, hidden, batch, ctx)
+
+        monkeypatch.setattr(type(part), "loss", loss)
+    step(prepared)
+    assert seen == {"labels", "next_label", "attention_mask"}
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_a_microbatch_with_nothing_to_score(
+    left_out: bool, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A term that scores nothing may be a constant, or be left out."""
+    prepared = prepare("mlm", "objective.mlm.mask_prob=1e-9")
+    if left_out:
+        monkeypatch.setattr(part_of(prepared), "loss", lambda *_: {})
+    else:
+        monkeypatch.setattr(part_of(prepared), "loss", lambda *_: {"mlm": Term(torch.zeros(()))})
+    found = step(prepared)
+    assert found["loss"] == 0
+    assert found["grad_norm"] == 0
