@@ -20,9 +20,10 @@ from megalm.train.prepare import prepare_run
 def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequence[str] | None) -> None:
     """Print up to ``samples`` rows of the first step; a UsageError where the run could not start."""
     manager = PluginManager.for_launch(only)
-    config = load_config(path, overrides, manager).config
+    resolved = load_config(path, overrides, manager)
+    config = resolved.config
     ranks = config.parallel.tp * (config.parallel.dp or 1)
-    prepared = prepare_run(load_config(path, overrides, manager), manager, ranks)
+    prepared = prepare_run(resolved, manager, ranks)
     feed = TrainFeed(
         prepared.objective,
         prepared.train,

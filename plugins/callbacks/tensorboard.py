@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megalm.api import Callback, RunInfo, Settings, hookimpl
+from megalm.api import Callback, RunInfo, Settings, UsageError, hookimpl
 
 from .extra import require
 
@@ -43,7 +43,13 @@ class TensorBoard(Callback):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(Path(run.dir) / self.cfg.dir))
+        folder = Path(run.dir) / self.cfg.dir
+        try:
+            self._writer = EventFileWriter(str(folder))
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: cannot hold event files: {error.strerror or error}; set callback.tensorboard.dir"
+            ) from error
         if run.start_step > 0:
             mark = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(step=run.start_step + 1, wall_time=time.time(), session_log=mark))

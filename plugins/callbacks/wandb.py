@@ -62,7 +62,7 @@ class WandB(Callback):
                 resume="allow" if self._id else None,
                 settings=wandb.Settings(console="off", quiet=True),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:  # ValueError: settings and environment variables that it refuses
             raise UsageError(
                 f"callback 'wandb' cannot start a run: {error}. "
                 'Log in with `wandb login`, or set callback.wandb.mode = "offline"'

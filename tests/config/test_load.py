@@ -195,19 +195,20 @@ cosine = 3
     ]
     plugin = "(owner: plugin core (parts 1.2))"
     found = problems(text, "eval.every=-1", "log.callbacks=['bord', 7]")
-    assert [re.sub("(?<=not loaded: ).*(?= .see)", "LEFT", line) for line in found] == [
+    found = [re.sub("(?<=not loaded: ).*(?= .see)", "LEFT", line) for line in found]
+    assert [re.sub(r" and at most (67108864|4096)", "", line) for line in found] == [
         "run.toml:2: run.dir: expected text, found the integer 5; for text, quote it: '\"5\"' (owner: megalm)",
         'run.toml:3: run.sed: unknown key; did you mean "seed"? (owner: megalm)',
         'run.toml:4: run.lr: unknown key; did you mean "train.lr"? (owner: megalm)',
         'run.toml:6: trian: unknown section; did you mean "train"? (owner: megalm)',
         'run.toml:10: model.architecture: unknown architecture "lama"; did you mean "llama"? available: llama, odd; '
         "installed but not loaded: LEFT (see --plugins) (owner: megalm)",
-        "run.toml:12: train.micro_batch: required key is missing; add it (an integer of at least 1 and at most "
-        "67108864) under [train] (owner: megalm)",
+        "run.toml:12: train.micro_batch: required key is missing; add it (an integer of at least 1) under [train] "
+        "(owner: megalm)",
         'run.toml:13: train.objective: unknown objective "mln"; did you mean "mlm"? available: broken, clm, fussy, '
         "mlm, nsp, strict; installed but not loaded: LEFT (see --plugins) (owner: megalm)",
         "run.toml:14: train.steps: expected an integer of at least 1, found the integer 0 (owner: megalm)",
-        'run.toml:15: train.sequence_length: expected an integer of at least 2 and at most 67108864, found the text "abc" (owner: megalm)',
+        'run.toml:15: train.sequence_length: expected an integer of at least 2, found the text "abc" (owner: megalm)',
         "run.toml:16: train.global_batch: expected an integer of at least 1, found the number 4.5 (owner: megalm)",
         "run.toml:17: train.lr: expected a number greater than 0, found true (owner: megalm)",
         'run.toml:19: train.precision: expected one of "float32", "bfloat16", "float64", found the text "float23" '

@@ -188,6 +188,20 @@ def test_wandb_without_a_login_says_what_to_do(tmp_path: Path) -> None:
 
 
 @needs_wandb
+def test_what_wandb_refuses_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(UsageError, match="callback 'wandb' cannot start a run"):
+        Job("wandb", tmp_path).start()
+
+
+@needs_tensorboard
+def test_tensorboard_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UsageError, match=r"taken: cannot hold event files.*set callback\.tensorboard\.dir"):
+        Job("tensorboard", tmp_path, dir="taken").start()
+
+
+@needs_wandb
 def test_wandb_is_silent_on_other_ranks(tmp_path: Path) -> None:
     job = Job("wandb", tmp_path, rank=1, mode="online")
     job.start()
