@@ -141,8 +141,8 @@ class ComponentSpecs:
 
 
 class EventSpecs:
-    """Hooks that follow a run. ``run`` is a RunInfo; ``step`` is 1 for the first step (a schedule's ``at`` counts from 0);
-    an exception ends the run on every rank.
+    """Hooks that follow a run. ``run`` is a RunInfo; ``step`` is 1 for the first step (a schedule's ``at`` counts
+    from 0); an exception ends the run on every rank.
     """
 
     @hookspec
