@@ -33,7 +33,7 @@ class Fabric:
         self._issued = dict.fromkeys(self.pending, 0)
         self._device = device
         self._eager = p2p == "eager"
-        self._faults = Faults(faults, scheduler)
+        self.faults = Faults(faults, scheduler)
         self._owners = checks.StorageOwners()
 
     def group(self, name: str, ranks: tuple[int, ...]) -> Group:
@@ -54,14 +54,14 @@ class Fabric:
         self._check_thread(op)
         self._issued[op.rank] += 1
         op.number = self._issued[op.rank]
-        spoils = self._faults.before(op)
+        spoils = self.faults.before(op)
         self._owners.claim(op)
         pending = self.pending[op.rank]
         checks.check_inputs_arrived(op, pending)
         with torch.no_grad():
             op.sent = [t.detach().clone(memory_format=torch.contiguous_format) for t in op.inputs]
             if spoils:
-                self._faults.spoil(op)
+                self.faults.spoil(op)
             checks.seal(op)
         self._settle()
         pending[op] = None

@@ -59,6 +59,16 @@ class Faults:
                 later.append(fault)
         return later
 
+    def check_all_came(self) -> None:
+        """InjectedFault for one whose operation never came, for then nothing was tested."""
+        for fault, seen in self._seen.items():
+            if seen < fault.at:
+                kind = f" ({fault.operation})" if fault.operation else ""
+                raise InjectedFault(
+                    f"a fault was asked for at operation {fault.at}{kind} of rank {fault.rank}, but rank {fault.rank} "
+                    f"has only {seen} such operations"
+                )
+
     @staticmethod
     def spoil(op: Operation) -> None:
         """Make the first element of what is sent NaN, or the largest integer."""

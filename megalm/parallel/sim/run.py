@@ -107,6 +107,7 @@ class SimulatedWorld:
             if gone.dropped:
                 raise InjectedFault(f"rank {gone.number} {gone.dropped}; the others ended without it")
         fabric.check_nothing_left()
+        fabric.faults.check_all_came()
         return [results[number] for number in range(self.size)]
 
 
