@@ -69,6 +69,8 @@ class Operation:
     outputs: list[torch.Tensor]
     agreed: dict[str, Any]
     """What all ranks that take part must say alike."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the tensors as the caller handed them over: inputs, or outputs where there are none."""
     reduction: str = "sum"
     root: int = 0
     """Place of the source or destination, where the operation has one."""
@@ -89,6 +91,9 @@ class Operation:
     """The rank has waited, and the outputs are written."""
     frames: tuple[str, ...] = field(default_factory=lambda: user_frames())
     phases: tuple[str, ...] = field(default_factory=phases)
+
+    def __post_init__(self) -> None:
+        self.shapes = self.shapes or tuple(tuple(t.shape) for t in self.inputs or self.outputs)
 
     @property
     def done(self) -> bool:

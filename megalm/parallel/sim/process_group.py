@@ -145,7 +145,8 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimulatedWork:
         rows, reduction = [row for tensor in inputs for row in self._rows(tensor)], _reduction(opts)
         agreed = {"reduction": reduction, **_tensors(inputs)}
-        return self._start("reduce_scatter", rows, outputs, outputs, agreed=agreed, reduction=reduction)
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+        return self._start("reduce_scatter", rows, outputs, outputs, agreed=agreed, reduction=reduction, shapes=shapes)
 
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
@@ -164,7 +165,8 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         """Splits are rows of dimension 0 for each place; equal where none are given."""
         outputs, inputs = self._split(output, output_split_sizes), self._split(input, input_split_sizes)
         agreed = {"dtype": str(input.dtype), "row": list(input.shape[1:])}
-        return self._start("all_to_all", inputs, outputs, [output], agreed=agreed)
+        shapes = (tuple(input.shape),)
+        return self._start("all_to_all", inputs, outputs, [output], agreed=agreed, shapes=shapes)
 
     alltoall_base = all_to_all_single  # type: ignore[assignment]
 

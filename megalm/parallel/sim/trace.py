@@ -34,7 +34,7 @@ class Record:
     """World rank of the peer of a send or receive."""
     dtype: str
     shapes: tuple[tuple[int, ...], ...]
-    """Of the inputs, or of the outputs where there are none."""
+    """Of the inputs as the caller has them, or of the outputs where there are none."""
     payload: int
     wire: float
     phase: str
@@ -68,7 +68,7 @@ def record(op: Operation) -> Record:
         call=op.call,
         peer=op.peer_rank if op.is_p2p else None,
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
-        shapes=tuple(tuple(t.shape) for t in tensors),
+        shapes=op.shapes,
         payload=payload,
         wire=payload * _share(op),
         phase=" > ".join(op.phases),
