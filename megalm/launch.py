@@ -31,6 +31,8 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if "RUN.toml" in message:
+            message += " (it stands before --set, which takes all that follows it)"
         raise UsageError(f"{message}\n{self.format_usage().strip()}")
 
 
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _end_with_launcher()
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "-h" in arguments or "--help" in arguments:
-        parse_arguments(arguments)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            parse_arguments(arguments)
+        return 0
     from megalm.parallel.bootstrap import Place, Rendezvous, RendezvousError
 
     place = Place.from_environment()

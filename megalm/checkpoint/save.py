@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megalm.checkpoint.folders import folder_name, prune, unfinished_name
 from megalm.checkpoint.manifest import FORMAT, MANIFEST, FileRecord, Manifest, Slice, TensorRecord, hash_file
 from megalm.checkpoint.state import TrainingState
+from megalm.errors import CheckpointError
 from megalm.files import sync
 from megalm.parallel.layout import Piece
 from megalm.parallel.mesh import ParallelContext
@@ -51,7 +53,10 @@ def _write(
         tensors, report[kind] = _own_slices(items, name)
         if tensors:
             path = work / name
-            save_file(tensors, path)
+            try:
+                save_file(tensors, path)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
             # safetensors makes files that only their owner may read; the folder says who else may.
             path.chmod(work.stat().st_mode & 0o666)
             sync(path)

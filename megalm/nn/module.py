@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, LayoutError
 from megalm.parallel import rng
 from megalm.parallel.layout import Init, Layout, Part, Piece, Shard, pieces
 from megalm.parallel.mesh import ParallelContext
@@ -70,7 +70,14 @@ def materialise(model: nn.Module, parallel: ParallelContext, seed: int, dtype: t
         for name, meta in list(module.named_parameters(recurse=False)):
             full_name = f"{prefix}.{name}" if prefix else name
             layout = declared[full_name]
-            data = torch.empty(meta.shape, dtype=dtype, device=parallel.device)
+            try:
+                data = torch.empty(meta.shape, dtype=dtype, device=parallel.device)
+            except RuntimeError as error:
+                size = meta.numel() * dtype.itemsize
+                raise LayoutError(
+                    f"{full_name}: this rank's part {list(meta.shape)} takes {size:,} bytes, which cannot be had on "
+                    f"{parallel.device}; use a smaller model or a larger parallel.tp"
+                ) from error
             for piece in pieces(full_name, layout, data, parallel.indices):
                 _fill(piece, layout.init, seed)
             setattr(module, name, nn.Parameter(data))

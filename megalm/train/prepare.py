@@ -74,6 +74,10 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
     objective = build_objective(resolved, manager, env)
     for corpus in (train, validation):
         objective.check_corpus(corpus)
+    if config.eval.baselines and objective.needs.attention != "causal":
+        raise ConfigError(
+            [f"eval.baselines compares next-token models with the loss, which {objective.name} does not measure"]
+        )
     spec = resolve_model(config, objective.needs, tokenizer.vocab_size)
     if problems := layout_problems(config, spec, world_size):
         raise ConfigError(problems)

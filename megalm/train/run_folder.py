@@ -56,7 +56,7 @@ def check_run_folder(resolved: Resolved) -> None:
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError([f"run.dir: {above} cannot be written to; name another folder or change its permissions"])
     path = folder / CONFIG
-    if not path.exists():
+    if not _exists(path):
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +84,10 @@ def _exists(path: Path) -> bool:
 def start_run_folder(resolved: Resolved, lock: RunLock) -> None:
     """Create the folder, lock it and write the configuration. Rank 0 calls it, after every rank agreed to start."""
     folder = Path(resolved.config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"run.dir: {folder} cannot be made ({error.strerror}); name another folder"]) from error
     lock.take()
     for left in folder.glob(".*.tmp"):
         # A killed process was about to rename it.

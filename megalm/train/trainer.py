@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from typing import Any
@@ -164,7 +165,7 @@ class Trainer:
         return losses, norm, rate
 
     def _check_finite(self, step: int, losses: Losses, norm: float) -> None:
-        if torch.tensor([losses.total, norm]).isfinite().all():
+        if math.isfinite(losses.total) and math.isfinite(norm):
             return
         names = self.parallel.world.gather_json(first_not_finite(self.weights))
         where = next((f"; first in the gradient of {name} on rank {r}" for r, name in enumerate(names) if name), "")
@@ -188,6 +189,8 @@ class Trainer:
                 dp_size=self.parallel.dp.size,
             ),
         )
+        if not math.isfinite(losses.total):
+            raise TrainingError(f"evaluation after step {step}: loss is {losses.total}; lower train.lr")
         record = {"loss": losses.total, "terms": losses.terms}
         if self.leader:
             self.metrics.append({"step": step, "eval": record})

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import megalm.train.trainer as trainer_module
+from megalm.errors import ConfigError
 from megalm.model.language_model import LanguageModel
 from megalm.nn.module import materialise
 from megalm.optim.weights import Weights
@@ -149,3 +150,15 @@ def test_tensorboard_events(prepare: Any) -> None:
             assert found[record["step"], "train/loss"] == pytest.approx(record["loss"], rel=1e-6)
         else:
             assert found[record["step"], "eval/loss"] == pytest.approx(record["eval"]["loss"], rel=1e-6)
+
+
+def test_a_model_that_diverges_in_its_last_step_is_no_finished_run(prepare: Any) -> None:
+    prepared = prepare("causal_lm", "train.steps=1", "train.lr=1e300", "sample.tokens=0")
+    with pytest.raises(TrainingError, match=r"evaluation after step 1: loss is (nan|inf)"):
+        Trainer(prepared, single_rank()).run()
+    assert not (prepared.run_dir / "summary.json").exists()
+
+
+def test_baselines_are_for_next_token_losses(prepare: Any) -> None:
+    with pytest.raises(ConfigError, match="next-token models"):
+        prepare("mlm", "eval.baselines=true")
