@@ -135,7 +135,7 @@ def test_drawn_steps_of_gpt2(prepared_run: PreparedRun, campaign_seed: int, full
 @pytest.mark.parametrize("model", ["gpt2", "llama", "bert"])
 @pytest.mark.parametrize("sp", [False, True])
 def test_a_layer_more(model: str, sp: bool, prepared_run: PreparedRun) -> None:
-    """A layer and microbatch: 4 all-reduces under TP; 4 all-gathers and 4 reduce-scatters, as many bytes, under TP + SP."""
+    """A layer and microbatch: 4 all-reduces; 4 all-gathers and 4 reduce-scatters under SP, and as many bytes sent."""
 
     def volumes(layers: int) -> dict[tuple[str, ...], Volume]:
         world = SimulatedWorld(tp=2, sp=sp)
