@@ -52,11 +52,16 @@ def _show_row(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
     chosen = np.zeros(len(tokens), dtype=bool) if labels is None else labels[0] != IGNORE
     each_is_scored = bool(chosen.all())
     types = batch.get("token_types")
-    for i, token in enumerate(tokens[:length].tolist()):
+    pieces = [tokenizer.token(token) for token in tokens[:length].tolist()]
+    # Pieces that mark the inside of words, as WordPiece's do, say nothing of the spaces between words.
+    marks_inside = any(piece.startswith("##") for piece in pieces)
+    for i, piece in enumerate(pieces):
+        if i and marks_inside and not piece.startswith("##"):
+            text.append(" ")
         if labels is not None and chosen[i] and not each_is_scored:
-            text.append(f"[{tokenizer.token(token)}->{tokenizer.token(int(labels[0, i]))}]", style="bold yellow")
+            text.append(f"[{piece}->{tokenizer.token(int(labels[0, i]))}]", style="bold yellow")
         else:
-            text.append(tokenizer.token(token), style="cyan" if types is not None and types[0, i] else "")
+            text.append(piece, style="cyan" if types is not None and types[0, i] else "")
     if length < len(tokens):
         text.append(f" (and {len(tokens) - length} of padding)", style="dim")
     console.print(text)
