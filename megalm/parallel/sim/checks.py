@@ -1,20 +1,23 @@
 """Checks on the memory that ranks hand over.
 
 Between issue and wait the tensors of an operation belong to it. A simulated rank that breaks this rule would often get
-away with it, because its peer's turn comes late or early; so outputs are filled with NaN (integers with their largest
-value) until the wait, and inputs and outputs must be found as they were left. torch's version counters say cheaply that
-nothing was touched; views of one buffer share a counter, so where it moved the contents decide.
+away with it, because its peer's turn comes late or early; so outputs are filled with values that show, and that can be
+recognised in what is computed from them, until the wait, and inputs and outputs must be found as they were left.
+torch's version counters say cheaply that nothing was touched; views of one buffer share a counter, so where it moved
+the contents decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from megalm.parallel.sim import poison
 from megalm.parallel.sim.errors import RaceError, SharedStorageError
 from megalm.parallel.sim.operation import Operation, spell
 from megalm.parallel.sim.torch_hooks import StorageReference, storage_reference
+from megalm.parallel.sim.trace import Record
 
 _IN_PLACE = ("broadcast", "reduce")
 _MANY = 4096
@@ -23,10 +26,7 @@ _MANY = 4096
 def seal(op: Operation) -> None:
     """Fill the outputs with values that no one takes for results, and note the state of all tensors."""
     for tensor in op.outputs:
-        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-            tensor.detach().fill_(float("nan"))
-        elif tensor.dtype != torch.bool:
-            tensor.detach().fill_(torch.iinfo(tensor.dtype).max)
+        poison.fill(tensor, op.number)
     op.versions = [_version(t) for t in (*op.inputs, *op.outputs)]
 
 
@@ -38,7 +38,7 @@ def check_untouched(op: Operation) -> None:
         if not any(_overlap(tensor, o) for o in op.outputs) and not _same_bytes(tensor, sent):
             raise _touched(op, f"input {number} ({spell(tensor)})", "sends what is there when the data leaves")
     for number, tensor in enumerate(op.outputs):
-        if not _sealed(tensor):
+        if not poison.is_filled(tensor):
             raise _touched(op, f"output {number} ({spell(tensor)})", "overwrites it whenever the data arrives")
 
 
@@ -58,6 +58,24 @@ def check_inputs_arrived(op: Operation, pending: Iterable[Operation]) -> None:
                     f"rank {op.rank} hands to {op}\n{op.place_in_code('      ')}\n"
                     f"  the output of an operation that it has not waited for: {earlier}\n"
                     f"{earlier.place_in_code('      ')}"
+                )
+
+
+def check_values_arrived(op: Operation, earlier: Sequence[Record]) -> None:
+    """RaceError where what the operation sends was computed from an output before it was there.
+
+    ``earlier``: operations of all ranks, in the order of issue.
+    """
+    for tensor in op.sent:
+        number = poison.origin(tensor)
+        if number is None:
+            continue
+        for record in reversed(earlier):
+            if record.rank == op.rank and (record.number - number) % poison.NUMBERS == 0:
+                raise RaceError(
+                    f"rank {op.rank} hands to {op}\n{op.place_in_code('      ')}\n"
+                    f"  values computed from an output that it read before waiting for its operation: {record.operation} "
+                    f"in group {record.group}, issued at {' < '.join(record.frames)}"
                 )
 
 
@@ -111,9 +129,3 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(flat[0], flat[1])
-
-
-def _sealed(tensor: torch.Tensor) -> bool:
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        return bool(tensor.detach().isnan().all())
-    return tensor.dtype == torch.bool or bool((tensor == torch.iinfo(tensor.dtype).max).all())

@@ -60,6 +60,7 @@ class Fabric:
         checks.check_inputs_arrived(op, pending)
         with torch.no_grad():
             op.sent = [t.detach().clone(memory_format=torch.contiguous_format) for t in op.inputs]
+            checks.check_values_arrived(op, self.trace)
             if spoils:
                 self.faults.spoil(op)
             checks.seal(op)

@@ -48,6 +48,35 @@ def test_an_output_read_early_is_not_the_result_on_any_rank(dtype: torch.dtype) 
         assert torch.equal(seen, torch.full((3,), 3, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_computed_from_an_output_read_early_name_it(dtype: torch.dtype) -> None:
+    """At the next operation, whatever lies between: here a norm, products, and another precision."""
+
+    def program(parallel: ParallelContext, early: bool = True) -> None:
+        parallel.tp.all_reduce(torch.zeros(2))
+        x = torch.ones(6, 4, dtype=dtype)
+        work = dist.all_reduce(x, async_op=True)
+        assert work is not None
+        if not early or parallel.rank == 0:
+            work.wait()
+        y = torch.nn.functional.layer_norm(x * 3 + 1, (4,)) @ torch.ones(4, 5, dtype=dtype)
+        y = (y.relu() - 2).to(torch.float32 if dtype == torch.float64 else torch.float64)
+        work.wait()
+        parallel.tp.all_gather(y.sum()[None])
+
+    message = failure(RaceError, program, tp=2)
+    assert message.startswith("rank 1 hands to all_gather(")
+    assert "an output that it read before waiting for its operation: all_reduce in group world, issued at" in message
+    assert message.count("test_memory.py:") >= 2
+    run_simulated(lambda parallel: program(parallel, early=False), tp=2)
+
+
+def test_a_nan_of_the_program_is_no_race() -> None:
+    nan = torch.tensor([float("nan"), 1.0])
+    found = run_simulated(lambda parallel: parallel.tp.all_reduce(nan.clone()), tp=2)
+    assert found[0].isnan().tolist() == [True, False]
+
+
 def test_an_output_passed_on_early() -> None:
     def program(parallel: ParallelContext, early: bool = True) -> None:
         rows = torch.empty(2, 3)
@@ -120,7 +149,8 @@ def test_a_gather_into_the_buffer_that_holds_the_input() -> None:
 
 
 @pytest.mark.parametrize("call", ["all_reduce", "broadcast", "all_gather"])
-def test_memory_that_ranks_share(call: str) -> None:
+@pytest.mark.parametrize("schedule", ["round_robin", "random"])
+def test_memory_that_ranks_share(call: str, schedule: str) -> None:
     shared = torch.zeros(2, 3)
 
     def program(parallel: ParallelContext, own: bool = False) -> None:
@@ -132,24 +162,22 @@ def test_memory_that_ranks_share(call: str) -> None:
         else:
             dist.all_gather_single(x, torch.zeros(1, 3))
 
-    message = failure(SharedStorageError, program, tp=2)
-    assert message.startswith("ranks 0 and 1 hand the same memory")
-    assert message.count("test_memory.py:") == 2
     run_simulated(lambda parallel: program(parallel, own=True), tp=2)
+    with pytest.raises(SharedStorageError, match=r"^ranks [01] and [01] hand the same memory") as caught:
+        run_simulated(program, tp=2, schedule=schedule)  # type: ignore[arg-type]
+    assert str(caught.value).count("test_memory.py:") == 2
 
 
-def test_memory_shared_over_different_groups() -> None:
-    """Ranks that never meet in one collective."""
+def test_memory_shared_by_ranks_that_never_meet() -> None:
     shared = torch.zeros(3)
 
     def program(parallel: ParallelContext, own: bool = False) -> None:
-        parallel.tp.all_reduce(shared.clone() if own or parallel.dp.index == 0 or parallel.tp.index else shared)
-        parallel.tp.all_reduce(shared.clone() if own or parallel.dp.index == 1 or parallel.tp.index else shared)
+        use = not own and parallel.tp.index == 0
+        parallel.tp.all_reduce(shared if use else torch.zeros(3))
 
-    assert "ranks 2 and 0" in failure(SharedStorageError, program, tp=2, dp=2) or "ranks 0 and 2" in failure(
-        SharedStorageError, program, tp=2, dp=2
-    )
     run_simulated(lambda parallel: program(parallel, own=True), tp=2, dp=2)
+    with pytest.raises(SharedStorageError, match="ranks 0 and 2"):
+        run_simulated(program, tp=2, dp=2)
 
 
 def test_constants_may_be_shared() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -104,3 +105,16 @@ def test_gloo_gives_the_same_bits_where_two_ranks_add(prepared: Prepared) -> Non
     for a, b in zip(ranks(prepared, layout), real, strict=True):
         assert set(a) == set(b)
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sixty_four_ranks(prepared_run: PreparedRun, full: bool) -> None:
+    """Forward and backward of four layers take seconds."""
+    if not full:
+        pytest.skip("takes long; runs with the full counts")
+    prepared = prepared_run("llama", "model.hidden_size=32", "model.heads=8", "model.kv_heads=4", "model.layers=4")
+    serial = loss_and_gradients(prepared, single_rank())
+    started = time.process_time()
+    found = ranks(prepared, Layout(tp=8, dp=8, sp=True))
+    assert time.process_time() - started < 20
+    for rank in (0, 63):
+        assert_parity(found[rank], serial, rtol=RTOL)
