@@ -74,8 +74,8 @@ def check_values_arrived(op: Operation, earlier: Sequence[Record]) -> None:
             if record.rank == op.rank and (record.number - number) % poison.NUMBERS == 0:
                 raise RaceError(
                     f"rank {op.rank} hands to {op}\n{op.place_in_code('      ')}\n"
-                    f"  values computed from an output that it read before waiting for its operation: {record.operation} "
-                    f"in group {record.group}, issued at {' < '.join(record.frames)}"
+                    "  values computed from an output that it read before waiting for its operation: "
+                    f"{record.operation} in group {record.group}, issued at {' < '.join(record.frames)}"
                 )
 
 
