@@ -93,7 +93,7 @@ class StorageOwners:
                 continue
             reference = storage_reference(tensor)
             known = self._owners.get(reference.cdata)
-            if known is not None and known[1] != op.rank and not known[0].expired():
+            if known is not None and known[1] != op.rank:
                 _, rank, origin = known
                 raise SharedStorageError(
                     f"ranks {rank} and {op.rank} hand the same memory ({spell(tensor)}) to communication. Ranks in "

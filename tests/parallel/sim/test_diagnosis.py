@@ -160,16 +160,20 @@ def test_disagreements(what: str, spelled: tuple[str, str]) -> None:
     run_simulated(differ(what, wrong=False), dp=2)
 
 
-def test_messages_of_different_shapes() -> None:
-    def program(parallel: ParallelContext, rows: int = 3) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "spelled"), [(torch.zeros(3, 4), "float32[3, 4]"), (torch.zeros(2, 4).int(), "int32[2, 4]")]
+)
+def test_messages_of_different_shapes_or_dtypes(wrong: torch.Tensor, spelled: str) -> None:
+    def program(parallel: ParallelContext, repaired: bool = False) -> None:
         if parallel.rank == 0:
             dist.send(torch.zeros(2, 4), 1)
         else:
-            dist.recv(torch.zeros(rows, 4), 0)
+            dist.recv(torch.zeros(2, 4) if repaired else wrong.clone(), 0)
 
     message = failure(MismatchError, program, dp=2)
-    assert "rank 0 sends float32[2, 4] to rank 1, which expects float32[3, 4]" in message
-    run_simulated(lambda parallel: program(parallel, 2), dp=2)
+    assert f"rank 0 sends float32[2, 4] to rank 1, which expects {spelled}" in message
+    assert message.count("test_diagnosis.py:") == 2, "both call sites"
+    run_simulated(lambda parallel: program(parallel, repaired=True), dp=2)
 
 
 def test_uneven_all_to_all() -> None:

@@ -273,6 +273,8 @@ def test_generators_and_settings_of_a_rank_are_its_own() -> None:
         for _ in range(3):
             drawn.append(torch.rand(()).item())
             parallel.world.all_reduce(torch.zeros(1))
+        # On a GPU, backward on threads of autograd's own would communicate from there.
+        assert not torch._C._is_multithreading_enabled()
         return drawn, torch.is_grad_enabled()
 
     torch.manual_seed(5)
