@@ -13,7 +13,6 @@ import torch
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import run_simulated
 from megalm.testing.parity import assert_parity, loss_and_gradients
-from megalm.testing.processes import run_processes
 from megalm.train.prepare import Prepared
 
 PreparedRun = Callable[..., Prepared]
@@ -93,18 +92,6 @@ def test_every_schedule_gives_the_same_bits(prepared: Prepared) -> None:
     for seed in range(2):
         for a, b in zip(expected, ranks(prepared, layout, schedule="random", seed=seed), strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_gloo_gives_the_same_bits_where_two_ranks_add(prepared: Prepared) -> None:
-    layout = Layout(tp=2, dp=2, sp=True)
-
-    def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
-        return loss_and_gradients(prepared, parallel, micro_batch=layout.micro_batch)
-
-    real = run_processes(rank, tp=2, dp=2, sp=True)
-    for a, b in zip(ranks(prepared, layout), real, strict=True):
-        assert set(a) == set(b)
-        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_sixty_four_ranks(prepared_run: PreparedRun, full: bool) -> None:
