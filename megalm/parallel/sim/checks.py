@@ -84,6 +84,7 @@ class StorageOwners:
 
     def __init__(self) -> None:
         self._owners: dict[int, tuple[StorageReference, int, str]] = {}
+        self._limit = _MANY
 
     def claim(self, op: Operation) -> None:
         """SharedStorageError where another rank's operation wrote, or is to write, the memory that this one uses."""
@@ -106,8 +107,9 @@ class StorageOwners:
                 reference = storage_reference(tensor)
                 # A text, for the operation would keep the memory alive.
                 self._owners[reference.cdata] = (reference, op.rank, origin)
-        if len(self._owners) > _MANY:
+        if len(self._owners) > self._limit:
             self._owners = {cdata: known for cdata, known in self._owners.items() if not known[0].expired()}
+            self._limit = max(_MANY, 2 * len(self._owners))
 
 
 def _origin(op: Operation) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
 from megalm.parallel.sim import checks
-from megalm.parallel.sim.errors import ForeignThreadError, GroupOrderError, UnawaitedError
+from megalm.parallel.sim.errors import (
+    ForeignThreadError,
+    GroupOrderError,
+    InjectedFault,
+    SimulationError,
+    UnawaitedError,
+)
 from megalm.parallel.sim.faults import Fault, Faults
 from megalm.parallel.sim.movement import collective_results
 from megalm.parallel.sim.operation import Group, Operation
@@ -42,15 +49,36 @@ class Fabric:
         rank = self.scheduler.me("create a process group").number
         group.made_by.add(rank)
         if group.ranks != ranks:
-            raise GroupOrderError(
-                f"rank {rank} creates process group {name!r} over ranks {list(ranks)}, but other ranks have created it "
-                f"over {list(group.ranks)}: every rank must create all groups, also those that it is not in, in the "
-                "same order"
+            raise self.scheduler.fail(
+                GroupOrderError(
+                    f"rank {rank} creates process group {name!r} over ranks {list(ranks)}, but other ranks have "
+                    f"created it over {list(group.ranks)}: every rank must create all groups, also those that it is "
+                    "not in, in the same order"
+                )
             )
         return group
 
     def issue(self, op: Operation) -> None:
         """Start an operation of the rank whose turn it is."""
+        with self._lasting_errors():
+            self._start(op)
+
+    def wait(self, op: Operation) -> None:
+        """Give way until the operation has met its peers, then write its outputs."""
+        self._check_thread(op)
+        self.scheduler.wait([op])
+        with self._lasting_errors():
+            self._deliver(op)
+
+    def poll(self, op: Operation) -> bool:
+        """Give way once. Whether the operation has met its peers; then its outputs are written."""
+        self._check_thread(op)
+        self.scheduler.give_way()
+        if op.matched:
+            self.wait(op)
+        return op.matched
+
+    def _start(self, op: Operation) -> None:
         self._check_thread(op)
         self._issued[op.rank] += 1
         op.number = self._issued[op.rank]
@@ -69,10 +97,7 @@ class Fabric:
         self._match(op)
         self.trace.append(record(op))
 
-    def wait(self, op: Operation) -> None:
-        """Give way until the operation has met its peers, then write its outputs."""
-        self._check_thread(op)
-        self.scheduler.wait([op])
+    def _deliver(self, op: Operation) -> None:
         if op.awaited:
             return
         with torch.no_grad():
@@ -121,6 +146,16 @@ class Fabric:
             for one, results in zip(together, collective_results(together), strict=True):
                 one.results, one.matched = results, True
         self._settle()
+
+    @contextmanager
+    def _lasting_errors(self) -> Iterator[None]:
+        """What is found here ends the run even where the program catches it; faults on purpose are its to handle."""
+        try:
+            yield
+        except SimulationError as error:
+            if not isinstance(error, InjectedFault):
+                self.scheduler.fail(error)
+            raise
 
     def _check_thread(self, op: Operation) -> None:
         me = self.scheduler.me("communicate")

@@ -120,6 +120,12 @@ class Scheduler:
         self._give_way(me)
         me.waits = ()
 
+    def give_way(self) -> None:
+        """Let the next rank run, if one can; this one can go on."""
+        me = self.me("wait for communication")
+        me.waits, me.state = (), "waiting"
+        self._give_way(me)
+
     def step_aside(self) -> None:
         """Give way until no other rank can run."""
         me = self.me("step aside")
@@ -158,9 +164,9 @@ class Scheduler:
         except (Abandoned, Dropped):
             pass
         except BaseException as error:
-            if self.failure is None:
+            self.fail(error)
+            if self.failure is error:
                 error.add_note(f"raised by simulated rank {rank.number} of {len(self.ranks)}")
-                self.failure = error
         finally:
             rank.state, rank.saved = "ended", None
             self._give_way(rank)

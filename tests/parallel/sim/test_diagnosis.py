@@ -286,6 +286,31 @@ def test_worlds_inside_worlds_and_unknown_options_are_refused() -> None:
         run_simulated(lambda parallel: None, schedule="fair")  # type: ignore[arg-type]
 
 
+def test_an_error_that_the_program_catches_ends_the_run_all_the_same() -> None:
+    def program(parallel: ParallelContext) -> str:
+        try:
+            parallel.world.all_reduce(torch.zeros(1 + parallel.rank))
+        except Exception:
+            return "never mind"
+        return "fine"
+
+    assert "disagree on the shape" in failure(MismatchError, program, dp=2)
+
+
+def test_asking_whether_an_operation_is_complete_gives_way() -> None:
+    def program(parallel: ParallelContext) -> torch.Tensor:
+        x = torch.ones(2)
+        work = dist.all_reduce(x, async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            pass
+        return x
+
+    for schedule, seed in SCHEDULES:
+        for x in run_simulated(program, dp=3, schedule=schedule, seed=seed):  # type: ignore[arg-type]
+            assert torch.equal(x, torch.full((2,), 3.0))
+
+
 def test_cycles() -> None:
     assert find_cycle({0: [1], 1: [2], 2: []}) == []
     assert find_cycle({0: [1, 2], 1: [], 2: [3], 3: [0]}) == [0, 2, 3, 0]
