@@ -12,6 +12,7 @@ import torch.distributed._functional_collectives as functional
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -197,3 +198,28 @@ def test_recomputation_communicates_in_backward(reentrant: bool) -> None:
     for grad in world.run(rank):
         assert torch.equal(grad, torch.full((3,), 4.0))
     assert len(world.trace) == 4, "each rank summed twice"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pipelining(schedule: str) -> None:
+    """Batched sends and receives of microbatches, one forward and one backward in turn."""
+    target = torch.zeros(8, 4, dtype=torch.float64)
+
+    def rank(parallel: ParallelContext) -> list[torch.Tensor]:
+        whole = network()
+        stage = (whole[:2], whole[2:])[parallel.rank]
+        pipeline = Schedule1F1B(
+            PipelineStage(stage, parallel.rank, 2, torch.device("cpu")),
+            4,
+            loss_fn=lambda y, t: (y - t).square().mean(),
+        )
+        if parallel.rank == 0:
+            pipeline.step(BATCH.clone())
+        else:
+            pipeline.step(target=target.clone(), losses=[])
+        return [p.grad for p in stage.parameters() if p.grad is not None]
+
+    model = network()
+    model(BATCH).square().mean().backward()
+    first, last = run_simulated(rank, dp=2, schedule=schedule)  # type: ignore[arg-type]
+    torch.testing.assert_close([*first, *last], [p.grad for p in model.parameters()], rtol=1e-12, atol=1e-15)
