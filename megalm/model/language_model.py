@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megalm.errors import ObjectiveError
 from megalm.model.backbone import Backbone
 from megalm.model.heads import Classifiers, LMHead
 from megalm.model.spec import ModelSpec
 from megalm.nn.microbatch import Microbatch
-from megalm.parallel.collectives import replicate_tokens
+from megalm.parallel.collectives import gather_rows, replicate_tokens
 from megalm.parallel.mesh import ParallelContext
 
 
@@ -75,6 +76,12 @@ class ModelLossContext:
         wide = whole if whole.dtype == torch.float64 else whole.float()
         weight = mask.to(wide.dtype)[..., None]
         return ((wide * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)).to(whole.dtype)
+
+    def gather(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if self._model.spec.coupling != "cell":
+            raise ObjectiveError('gather() brings the rows of a cell together; declare coupling="cell" in Needs')
+        dp = self._model.parallel.dp
+        return gather_rows(x, dp), dp.index * x.shape[0]
 
     def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
         classifiers = self._model.classifiers

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megalm.config.schema import Config, ModelConfig
 from megalm.errors import ConfigError
-from megalm.plugin.contract.objective import HeadSpec, Needs
+from megalm.plugin.contract.objective import Coupling, HeadSpec, Needs
 
 _GATED_ROUNDING = 64
 
@@ -28,6 +28,7 @@ class ModelSpec:
     causal: bool
     lm_head: bool
     heads: tuple[HeadSpec, ...]
+    coupling: Coupling
 
     def parameter_count(self) -> int:
         """Elements of all logical tensors."""
@@ -91,6 +92,7 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
         causal=needs.attention == "causal",
         lm_head=needs.lm_head,
         heads=needs.heads,
+        coupling=needs.coupling,
     )
 
 
@@ -116,6 +118,7 @@ def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[st
             f"train.global_batch = {t.global_batch} is not a multiple of train.micro_batch * dp = "
             f"{t.micro_batch} * {dp} = {t.micro_batch * dp}"
         )
+    problems += _cell_problems(config, spec, dp)
     for name, size in (
         ("model.heads", spec.cfg.heads),
         ("the MLP's inner size (model.ffn_size)", spec.ffn_size),
@@ -128,4 +131,26 @@ def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[st
             f"parallel.sp divides a row's tokens over parallel.tp = {p.tp}, "
             f"which does not divide train.sequence_length = {t.sequence_length}"
         )
+    return problems
+
+
+def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:
+    t = config.train
+    if spec.coupling != "cell":
+        if t.cell is None:
+            return []
+        return [f"train.cell = {t.cell} is for objectives that couple rows, and {t.objective} does not; leave it out"]
+    if t.cell is None:
+        return [f"{t.objective} couples the rows of a cell; give train.cell = train.micro_batch * dp = {t.micro_batch * dp}"]
+    problems = []
+    if t.micro_batch * dp != t.cell:
+        problems.append(
+            f"{t.objective} couples the rows of a cell, so train.micro_batch * dp = {t.micro_batch} * {dp} must equal "
+            f"train.cell = {t.cell}"
+        )
+    if t.global_batch % t.cell:
+        problems.append(f"train.global_batch = {t.global_batch} is not a multiple of train.cell = {t.cell}")
+    for key, samples in (("samples", config.eval.samples), ("final_samples", config.eval.final_samples)):
+        if samples is not None and samples < t.cell:
+            problems.append(f"eval.{key} = {samples} is less than train.cell = {t.cell}; only whole cells are evaluated")
     return problems

@@ -44,7 +44,7 @@ class _Reduce(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate token shards; gradients are summed and scattered."""
+    """Concatenate shards of dimension 0; gradients are summed and scattered."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -107,6 +107,14 @@ def exit_tensor_region(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.T
 def replicate_tokens(x_TH: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
     """All tokens on every rank, for computations that every rank does alike."""
     return _Replicate.apply(x_TH, parallel.tp) if parallel.sp else x_TH
+
+
+def gather_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Concatenate the rows of every rank for losses that each rank computes of its own rows against all of them.
+
+    The adjoint sums what each rank's loss says of a row, and gives it to the rank that has the row.
+    """
+    return x if group.alone else _Gather.apply(x, group)
 
 
 def token_shard(parallel: ParallelContext, tokens: int) -> tuple[int, int]:

@@ -74,9 +74,14 @@ def evaluation_rows(
     micro_batch: int,
     dp_index: int,
     dp_size: int,
+    cell: int | None = None,
 ) -> Iterator[Rows]:
-    """The first ``samples`` rows of the corpus in its own order, divided among data-parallel ranks."""
+    """The first ``samples`` rows of the corpus in its own order, divided among data-parallel ranks; only whole cells,
+    where rows are coupled.
+    """
     total = min(samples, objective.num_samples(corpus))
+    if cell is not None:
+        total -= total % cell
     for first in range(dp_index * micro_batch, total, dp_size * micro_batch):
         rows = range(first, min(first + micro_batch, total))
         examples = [objective.build(sample, corpus, (seed, "validation", 0)) for sample in rows]

@@ -12,7 +12,7 @@ from typing import Any
 from megalm.config.load import Resolved
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DataError
 from megalm.model.spec import ModelSpec, layout_problems, resolve_model
 from megalm.plugin.contract.callback import Callback
 from megalm.plugin.contract.objective import ObjectiveEnv
@@ -72,8 +72,13 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
     train.check_tokenizer(tokenizer)
     env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length)
     objective = build_objective(resolved, manager, env)
-    for corpus in (train, validation):
+    for part, corpus in (("training", train), ("validation", validation)):
         objective.check_corpus(corpus)
+        if config.train.cell is not None and objective.num_samples(corpus) < config.train.cell:
+            raise DataError(
+                f"{data}: the {part} part gives {objective.name} {objective.num_samples(corpus)} samples, fewer than "
+                f"train.cell = {config.train.cell}"
+            )
     if config.eval.baselines and objective.needs.attention != "causal":
         raise ConfigError(
             [f"eval.baselines compares next-token models with the loss, which {objective.name} does not measure"]

@@ -187,6 +187,7 @@ class Trainer:
                 micro_batch=self.config.train.micro_batch,
                 dp_index=self.parallel.dp.index,
                 dp_size=self.parallel.dp.size,
+                cell=self.config.train.cell,
             ),
         )
         if not math.isfinite(losses.total):

@@ -99,6 +99,23 @@ class MaskedLM(Objective):
         corrupted = np.where(masked, self._mask, np.where(random, replacement, tokens))
         return {**example, "tokens": corrupted, "labels": np.where(chosen, tokens, IGNORE)}
 
+    def rates(self) -> Mapping[str, float]:
+        # A random token is now and then the one that was there, which no reader of the row can tell from a kept one.
+        other = self.cfg.random_share * (1 - 1 / len(self._ordinary))
+        return {"mask_prob": self.cfg.mask_prob, "mask_share": self.cfg.mask_share, "random_share": other}
+
+    def observe(self, example: Example) -> Mapping[str, tuple[int, int]]:
+        tokens, labels = example["tokens"], example["labels"]
+        chosen = labels != IGNORE
+        masked = chosen & (tokens == self._mask)
+        random = chosen & ~masked & (tokens != labels)
+        trials = int(chosen.sum())
+        return {
+            "mask_prob": (trials, int((~example["special"]).sum())),
+            "mask_share": (int(masked.sum()), trials),
+            "random_share": (int(random.sum()), trials),
+        }
+
     def collate(self, examples: list[Example]) -> Batch:
         return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
 

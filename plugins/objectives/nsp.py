@@ -98,7 +98,13 @@ class NextSentence(Objective):
         # Trim at the outer ends, so that the passages still meet where they met.
         keep = min(len(first), max(self._budget - len(second), self._budget // 2))
         first, second = first[len(first) - keep :], second[: self._budget - keep]
-        return self._row(first, second, label)
+        return {**self._row(first, second, label), "drawn": bool(inner)}
+
+    def rates(self) -> Mapping[str, float]:
+        return {"random_prob": self.cfg.random_prob}
+
+    def observe(self, example: Example) -> Mapping[str, tuple[int, int]]:
+        return {"random_prob": (int(example["next_label"] == RANDOM), int(example["drawn"]))}
 
     def _sentences(self, corpus: Corpus, document: int, sentence: int, budget: int) -> list[int]:
         """Starts of consecutive sentences of a document, and the last one's end, until they hold ``budget`` tokens."""

@@ -59,6 +59,10 @@ class HeadSpec:
 class Needs:
     """What an objective asks of the backbone.
 
+    ``coupling``: what one item's loss depends on. ``token``: positions of its row, through the backbone alone; ``example``:
+    its whole row; ``cell``: the rows of a cell, ``train.cell`` consecutive slots of the step's global batch, which
+    :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp must equal it.
+
     Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where
     a position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary
     projection.
@@ -160,6 +164,16 @@ class LossContext(Protocol):
         """All hidden vectors: (batch, seq, hidden)."""
         ...
 
+    def gather(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The vectors of every row of the cell, for objectives whose coupling is ``cell``.
+
+        ``x`` (rows, ...) holds a vector for each row of this microbatch, any fixed number for each example. Returns those
+        of all microbatches of the cell in the order of their slots, and the place of this microbatch's first row among
+        them. Gradients flow back to whoever computed a row. Call it once for each tensor, also where a microbatch has
+        nothing to score: every data-parallel rank takes part.
+        """
+        ...
+
     def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., outputs) of a head of :attr:`Needs.heads` for vectors (..., hidden) from the functions above.
 
@@ -201,6 +215,17 @@ class Objective(ABC):
     @abstractmethod
     def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
         """One row. ``rng`` is addressed by (seed, objective, epoch, sample): draw from nothing else."""
+
+    def rates(self) -> Mapping[str, float]:
+        """Declared probabilities of what :meth:`build_example` or :meth:`extend_example` draws; none by default.
+
+        Each is a name and a probability that :meth:`observe` counts. The proof kit compares the two.
+        """
+        return {}
+
+    def observe(self, example: Example) -> Mapping[str, tuple[int, int]]:
+        """(hits, trials) of each declared rate in one finished row; trials are independent draws."""
+        return {}
 
     def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
         """For joint objectives: add to (or corrupt) the row that another objective built.
