@@ -143,8 +143,8 @@ class TrainConfig(Settings):
     micro_batch: Size
     """Rows of one forward and backward on one data-parallel rank."""
     cell: Size | None = None
-    """Rows that an objective couples (contrastive pools): consecutive slots, independent of the layout. Only for objectives
-    whose coupling is "cell", which need it: it divides global_batch and equals micro_batch * dp."""
+    """Rows that an objective couples (contrastive pools): consecutive slots, independent of the layout. Only for
+    objectives whose coupling is "cell", which need it: it divides global_batch and equals micro_batch * dp."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     optimizer: str = "adamw"

@@ -141,7 +141,8 @@ def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:
             return []
         return [f"train.cell = {t.cell} is for objectives that couple rows, and {t.objective} does not; leave it out"]
     if t.cell is None:
-        return [f"{t.objective} couples the rows of a cell; give train.cell = train.micro_batch * dp = {t.micro_batch * dp}"]
+        cell = t.micro_batch * dp
+        return [f"{t.objective} couples the rows of a cell; give train.cell = train.micro_batch * dp = {cell}"]
     problems = []
     if t.micro_batch * dp != t.cell:
         problems.append(
@@ -152,5 +153,5 @@ def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:
         problems.append(f"train.global_batch = {t.global_batch} is not a multiple of train.cell = {t.cell}")
     for key, samples in (("samples", config.eval.samples), ("final_samples", config.eval.final_samples)):
         if samples is not None and samples < t.cell:
-            problems.append(f"eval.{key} = {samples} is less than train.cell = {t.cell}; only whole cells are evaluated")
+            problems.append(f"eval.{key} = {samples} is less than train.cell = {t.cell}, and only whole cells count")
     return problems

@@ -59,9 +59,9 @@ class HeadSpec:
 class Needs:
     """What an objective asks of the backbone.
 
-    ``coupling``: what one item's loss depends on. ``token``: positions of its row, through the backbone alone; ``example``:
-    its whole row; ``cell``: the rows of a cell, ``train.cell`` consecutive slots of the step's global batch, which
-    :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp must equal it.
+    ``coupling``: what one item's loss depends on. ``token``: positions of its row, through the backbone alone;
+    ``example``: its whole row; ``cell``: the rows of a cell, ``train.cell`` consecutive slots of the step's global batch,
+    which :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp equals it.
 
     Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where
     a position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary
@@ -167,10 +167,10 @@ class LossContext(Protocol):
     def gather(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The vectors of every row of the cell, for objectives whose coupling is ``cell``.
 
-        ``x`` (rows, ...) holds a vector for each row of this microbatch, any fixed number for each example. Returns those
-        of all microbatches of the cell in the order of their slots, and the place of this microbatch's first row among
-        them. Gradients flow back to whoever computed a row. Call it once for each tensor, also where a microbatch has
-        nothing to score: every data-parallel rank takes part.
+        ``x`` (rows, ...) holds a vector for each row of this microbatch, any fixed number for each example. Returns
+        those of the whole cell in the order of their slots, and the place of this microbatch's first row among them.
+        Gradients flow back to whoever computed a row. Call it once for each tensor, also where a microbatch has nothing
+        to score: every data-parallel rank takes part.
         """
         ...
 
