@@ -60,8 +60,8 @@ class Needs:
     """What an objective asks of the backbone.
 
     ``coupling``: what one item's loss depends on. ``token``: positions of its row, through the backbone alone;
-    ``example``: its whole row; ``cell``: the rows of a cell, ``train.cell`` consecutive slots of the step's global batch,
-    which :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp equals it.
+    ``example``: its whole row; ``cell``: the rows of a cell, ``train.cell`` consecutive slots of the step's global
+    batch, which :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp equals it.
 
     Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where
     a position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary
