@@ -23,7 +23,8 @@ from megalm.parallel.sim.process_group import SimulatedProcessGroup
 from megalm.parallel.sim.process_state import Generators, ThreadSettings
 from megalm.parallel.sim.scheduler import Schedule, Scheduler, current_rank
 from megalm.parallel.sim.store import SimulatedStore
-from megalm.parallel.sim.trace import Record, Volume, comm_volume
+from megalm.parallel.sim.trace import Record, comm_volume
+from megalm.parallel.volume import Volume
 
 T = TypeVar("T")
 

@@ -1,10 +1,4 @@
-"""What was said, by whom, and how many bytes it took.
-
-``payload`` is the logical size of an operation for a rank: the whole tensor that is reduced, the whole that is gathered
-or scattered, the message sent. ``wire`` is what the rank must send for it with ring algorithms: of n ranks, each sends
-2(n - 1)/n of the payload for an all-reduce and (n - 1)/n for the others; receiving costs nothing.
-(Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.)
-"""
+"""What was said, by whom, and how many bytes it took (megalm.parallel.volume says what is counted)."""
 
 from __future__ import annotations
 
@@ -15,6 +9,7 @@ from typing import Any
 import torch
 
 from megalm.parallel.sim.operation import Operation
+from megalm.parallel.volume import NOTHING, Volume, wire_share
 
 
 @dataclass(frozen=True)
@@ -46,15 +41,6 @@ class Record:
         return self.operation, self.group, self.call, self.dtype, self.shapes, self.phase
 
 
-@dataclass(frozen=True)
-class Volume:
-    """Sums over operations; bytes."""
-
-    calls: int
-    payload: int
-    wire: float
-
-
 def record(op: Operation) -> Record:
     """The record of an operation that has been numbered."""
     tensors = op.inputs or op.outputs
@@ -70,7 +56,7 @@ def record(op: Operation) -> Record:
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         shapes=op.shapes,
         payload=payload,
-        wire=payload * _share(op),
+        wire=payload * wire_share(op.kind, len(op.group.ranks), at_root=op.place == op.root),
         phase=" > ".join(op.phases),
         frames=op.frames,
     )
@@ -84,26 +70,9 @@ def comm_volume(
     sums: dict[tuple[Any, ...], Volume] = {}
     for item in records:
         key = tuple(getattr(item, name) for name in fields)
-        old = sums.get(key, Volume(0, 0, 0.0))
-        sums[key] = Volume(old.calls + 1, old.payload + item.payload, old.wire + item.wire)
+        sums[key] = sums.get(key, NOTHING) + Volume(1, item.payload, item.wire)
     return sums
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _share(op: Operation) -> float:
-    n = len(op.group.ranks)
-    if op.kind == "all_reduce":
-        return 2 * (n - 1) / n
-    if op.kind == "send":
-        return 1.0
-    if op.kind in ("recv", "barrier"):
-        return 0.0
-    if op.kind in ("gather", "scatter"):
-        at_root = op.place == op.root
-        if op.kind == "gather":
-            return 0.0 if at_root else 1.0
-        return (n - 1) / n if at_root else 0.0
-    return (n - 1) / n
