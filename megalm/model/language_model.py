@@ -8,6 +8,7 @@ from torch import nn
 from megalm.errors import ObjectiveError
 from megalm.model.backbone import Backbone
 from megalm.model.heads import Classifiers, LMHead
+from megalm.model.modules import PluginModules
 from megalm.model.spec import ModelSpec
 from megalm.nn.microbatch import Microbatch
 from megalm.parallel.collectives import gather_rows, replicate_tokens
@@ -25,6 +26,7 @@ class LanguageModel(nn.Module):
             self.backbone = Backbone(spec, parallel)
             self.lm_head = LMHead(spec, parallel) if spec.lm_head else None
             self.classifiers = Classifiers(spec, parallel) if spec.heads else None
+            self.plugins = PluginModules(spec.cfg, spec.modules, parallel) if spec.modules else None
 
     def forward(self, batch: Microbatch) -> torch.Tensor:
         hidden: torch.Tensor = self.backbone(batch)
@@ -87,5 +89,16 @@ class ModelLossContext:
         classifiers = self._model.classifiers
         if classifiers is None or name not in classifiers.pooled:
             raise KeyError(f"no head named {name!r}; declare it in Needs.heads")
-        logits: torch.Tensor = classifiers(name, x)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.widen(classifiers(name, x))
+
+    def module(self, name: str) -> nn.Module:
+        plugins = self._model.plugins
+        if plugins is None or name not in plugins.names:
+            raise KeyError(f"no module named {name!r}; declare it in Needs.modules")
+        return plugins.named(name)
+
+    def dropout(self, x: torch.Tensor, p: float, site: str) -> torch.Tensor:
+        return self._batch.row_dropout(x, p, site)
+
+    def widen(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else x.float()

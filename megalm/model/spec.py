@@ -5,10 +5,13 @@ All reasons why a layout does not fit are found here, before any process group e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from megalm.config.schema import Config, ModelConfig
 from megalm.errors import ConfigError
+from megalm.model.modules import module_parameters
+from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import Coupling, HeadSpec, Needs
 
 _GATED_ROUNDING = 64
@@ -28,7 +31,8 @@ class ModelSpec:
     causal: bool
     lm_head: bool
     heads: tuple[HeadSpec, ...]
-    coupling: Coupling
+    coupling: Coupling = "token"
+    modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
 
     def parameter_count(self) -> int:
         """Elements of all logical tensors."""
@@ -45,7 +49,8 @@ class ModelSpec:
             total += (not c.tie_embeddings) * self.vocab_size * h + c.lm_head_bias * self.vocab_size
             total += c.lm_head_transform * (h * h + h + norm)
         total += any(head.pooled for head in self.heads) * (h * h + h)
-        return total + sum(head.outputs * (h + 1) for head in self.heads)
+        total += sum(head.outputs * (h + 1) for head in self.heads)
+        return total + module_parameters(c, self.modules)
 
 
 def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
@@ -93,6 +98,7 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
         lm_head=needs.lm_head,
         heads=needs.heads,
         coupling=needs.coupling,
+        modules=needs.modules,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,23 @@ class Microbatch:
     def dropout(self, x_TF: torch.Tensor, p: float, site: str) -> torch.Tensor:
         """Dropout of activations of this rank's tokens; identity in evaluation."""
         return x_TF if p == 0.0 or self.shard_address is None else dropout(x_TF, p, self.shard_address, site)
+
+    def row_dropout(self, x: torch.Tensor, p: float, site: str) -> torch.Tensor:
+        """Dropout of vectors that every rank holds: (rows, F), or (rows, n, F) for n places in each row. A plugin chose
+        the ``site``, which is apart from the backbone's own."""
+        if not 0.0 <= p < 1.0:
+            raise ObjectiveError(f"dropout {site!r}: the probability must be at least 0 and below 1; found {p}")
+        if x.dim() not in (2, 3) or x.shape[0] != self.rows:
+            raise ObjectiveError(
+                f"dropout {site!r}: expected ({self.rows}, features) or ({self.rows}, n, features), a row for each of "
+                f"the microbatch; found {list(x.shape)}"
+            )
+        if p == 0.0 or self.full_address is None:
+            return x
+        places = 1 if x.dim() == 2 else x.shape[1]
+        spans = tuple(replace(span, start=0, stop=places) for span in self.full_address.spans)
+        address = replace(self.full_address, spans=spans)
+        return dropout(x.reshape(-1, x.shape[-1]), p, address, f"plugins.{site}").view(x.shape)
 
 
 def make_microbatch(

@@ -10,6 +10,7 @@ import numpy as np
 from megalm.config.load import Resolved
 from megalm.errors import ConfigError, ObjectiveError
 from megalm.parallel import rng
+from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import (
     IGNORE,
     Batch,
@@ -97,7 +98,7 @@ class TrainingObjective:
                 f"objective {self.name}: the tensor {name!r} is {array.dtype}{list(array.shape)}, "
                 f"but is declared {spec.dtype} ({', '.join(spec.dims)}) with {known}"
             )
-        if name in ("tokens", "labels") and array.size:
+        if (name == "tokens" or (name == "labels" and self.needs.lm_head)) and array.size:
             ids = array if name == "tokens" else array[array != IGNORE]
             if ids.size and not (ids.min() >= 0 and ids.max() < self._vocab_size):
                 raise ObjectiveError(
@@ -137,6 +138,7 @@ class TrainingObjective:
     def _join_needs(self) -> Needs:
         tensors: dict[str, TensorSpec] = {}
         heads: dict[str, HeadSpec] = {}
+        modules: dict[str, ModuleBuilder] = {}
         needs = {name: part.needs() for name, part in self.parts.items()}
         for name, need in needs.items():
             tokens = need.tensors.get("tokens")
@@ -153,6 +155,9 @@ class TrainingObjective:
             for head in need.heads:
                 if heads.setdefault(head.name, head) != head:
                     raise ConfigError([f"train.objective: {name} declares the head {head.name!r} unlike another part"])
+            for key, build in need.modules.items():
+                if modules.setdefault(key, build) is not build:
+                    raise ConfigError([f"train.objective: {name} has a module {key!r}, as another part has"])
         return Needs(
             attention=next(iter(needs.values())).attention,
             tensors=tensors,
@@ -160,6 +165,7 @@ class TrainingObjective:
             heads=tuple(heads.values()),
             token_types=max(n.token_types for n in needs.values()),
             coupling=max((n.coupling for n in needs.values()), key=_COUPLINGS.index),
+            modules=modules,
         )
 
     def _join_weights(self) -> dict[str, float]:

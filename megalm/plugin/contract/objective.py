@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from megalm.config.settings import Settings
+from megalm.plugin.contract.modules import ModuleBuilder
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,8 @@ class Needs:
 
     ``coupling``: what one item's loss depends on. ``token``: positions of its row, through the backbone alone;
     ``example``: its whole row; ``cell``: the rows of a cell, ``train.cell`` consecutive slots of the step's global
-    batch, which :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp equals it.
+    batch, which :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp
+    equals it.
 
     Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where
     a position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary
@@ -74,6 +76,9 @@ class Needs:
     heads: tuple[HeadSpec, ...] = ()
     token_types: int = 0
     coupling: Coupling = "token"
+    modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
+    """Modules of the objective's own, made by the engine; ``LossContext.module`` gives them, and checkpoints call their
+    parameters ``plugins.NAME.``..."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,23 @@ class LossContext(Protocol):
 
         They are float32, or float64 where the run is: write losses without casts, or the proofs see the rounding.
         """
+        ...
+
+    def module(self, name: str) -> torch.nn.Module:
+        """A module of :attr:`Needs.modules`, for vectors from the functions above."""
+        ...
+
+    def dropout(self, x: torch.Tensor, p: float, site: str) -> torch.Tensor:
+        """Dropout of vectors (batch, hidden) or (batch, n, hidden) that the functions above gave; identity in
+        evaluation.
+
+        The mask is a function of (seed, step, site, row, place in the row, feature), so it is the same under every
+        layout. ``site`` is a name of the caller's choice; two calls with one name draw one mask.
+        """
+        ...
+
+    def widen(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as float32, or float64 where the run is: what losses of a module's outputs are computed in."""
         ...
 
 
