@@ -13,6 +13,7 @@ import typer
 
 from megalm.cli.config import config
 from megalm.cli.lazy import lazy_group
+from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
 from megalm.errors import UsageError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(plugins)
 app.command()(config)
+app.command()(plan)
 app.add_typer(
     typer.Typer(
         name="data",

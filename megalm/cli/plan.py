@@ -1,0 +1,143 @@
+"""``megalm plan``: what a run will cost on a layout, before it is started."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megalm.cli.options import Overrides, Plugins, names
+
+if TYPE_CHECKING:
+    import torch
+
+    from megalm.config.schema import Config
+    from megalm.plan.comm import Planner, RankClass
+    from megalm.train.prepare import Prepared
+
+
+def plan(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Ranks of the launch; default: parallel.tp * parallel.dp.")
+    ] = None,
+    comm: Annotated[bool, typer.Option("--comm", help="Show what each rank sends in an optimizer step.")] = False,
+    evaluation: Annotated[bool, typer.Option("--eval", help="With --comm: show an evaluation as well.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with exact bytes of every rank.")] = False,
+    only: Plugins = None,
+) -> None:
+    """Show a run's layout and what it will cost; nothing is started, and no model is allocated."""
+    from megalm.config.load import load_config
+    from megalm.errors import UsageError
+    from megalm.plugin.manager import PluginManager
+
+    if evaluation and not comm:
+        raise UsageError("megalm plan --eval adds an evaluation to --comm; give both")
+    manager = PluginManager.for_launch(names(only))
+    resolved = load_config(run, overrides or [], manager)
+    size = _ranks(resolved.config, ranks)
+
+    from megalm.plan.comm import Planner
+    from megalm.plan.recording import Grid
+    from megalm.train.prepare import prepare_run
+
+    prepared = prepare_run(resolved, manager, size)
+    layout = resolved.config.parallel
+    grid = Grid(layout.tp, size // layout.tp, layout.sp)
+    planner = Planner(prepared.spec, grid, resolved.config.train.precision)
+    volumes: dict[str, list[RankClass]] = {}
+    if comm:
+        volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))
+    if evaluation:
+        volumes["evaluation"] = planner.evaluation(prepared.objective, lambda dp: _evaluation(prepared, dp, grid.dp))
+    facts = _facts(prepared, planner)
+    if json:
+        from megalm.plan.report import communication
+
+        said = {"communication": {name: communication(found) for name, found in volumes.items()}} if comm else {}
+        typer.echo(jsonlib.dumps({**facts, **said}, indent=2))
+        return
+    from megalm.cli.show_plan import show_communication, show_facts
+
+    show_facts(facts)
+    for name, found in volumes.items():
+        show_communication(name, found)
+    if not comm:
+        typer.echo("\n--comm shows what ranks send to each other in a step.")
+
+
+def _ranks(config: Config, given: int | None) -> int:
+    from megalm.errors import UsageError
+
+    if given is not None:
+        return given
+    if config.parallel.dp is None:
+        tp = config.parallel.tp
+        raise UsageError(
+            f"megalm plan needs to know how many ranks there are: give --ranks N, a multiple of parallel.tp = {tp}, "
+            "or parallel.dp in RUN.toml or as --set parallel.dp=N"
+        )
+    return config.parallel.tp * config.parallel.dp
+
+
+def _facts(prepared: Prepared, planner: Planner) -> dict[str, Any]:
+    config, grid = prepared.resolved.config, planner.grid
+    return {
+        "layout": {
+            "ranks": grid.size,
+            "tp": grid.tp,
+            "sp": grid.sharded,
+            "dp": grid.dp,
+            "micro_batch": config.train.micro_batch,
+            "microbatches": config.train.global_batch // (config.train.micro_batch * grid.dp),
+        },
+        "model": {
+            "architecture": config.model.architecture,
+            "objective": prepared.objective.name,
+            "precision": config.train.precision,
+        },
+        "parameters": {"total": prepared.spec.parameter_count(), "by_tp_place": planner.parameters()},
+    }
+
+
+def _training(prepared: Prepared, dp_index: int, dp_size: int) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The microbatches of the first step."""
+    import torch
+
+    from megalm.train.feed import TrainFeed
+
+    config = prepared.resolved.config
+    feed = TrainFeed(
+        prepared.objective,
+        prepared.train,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        dp_index=dp_index,
+        dp_size=dp_size,
+    )
+    return (rows.tensors(torch.device("cpu")) for rows in feed.step(0))
+
+
+def _evaluation(prepared: Prepared, dp_index: int, dp_size: int) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The microbatches of an evaluation while training."""
+    import torch
+
+    from megalm.train.feed import evaluation_rows
+
+    config = prepared.resolved.config
+    found = evaluation_rows(
+        prepared.objective,
+        prepared.validation,
+        seed=config.run.seed,
+        samples=config.eval.samples,
+        micro_batch=config.train.micro_batch,
+        dp_index=dp_index,
+        dp_size=dp_size,
+        cell=config.train.cell,
+    )
+    return (rows.tensors(torch.device("cpu")) for rows in found)

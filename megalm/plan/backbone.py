@@ -1,0 +1,65 @@
+"""What the backbone says for a microbatch: a closed formula over the ways into and out of its tensor regions.
+
+Every message is the activations of all tokens of the microbatch. With the tensor-parallel axis alone a way in costs an
+all-reduce in backward and a way out one in forward; under sequence parallelism each costs an all-gather on one side
+and a reduce-scatter on the other, which is as many bytes on a ring. (Korthikanti et al., "Reducing activation
+recomputation", 2022.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from megalm.nn.embedding import VocabParallelEmbedding
+from megalm.nn.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.plan.entries import Entry, entry
+from megalm.plan.recording import Grid
+
+# (way, sequence parallelism) -> operation of forward, of backward
+_SAYS = {
+    ("in", False): (None, "all_reduce"),
+    ("in", True): ("all_gather", "reduce_scatter"),
+    ("out", False): ("all_reduce", None),
+    ("out", True): ("reduce_scatter", "all_gather"),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way into or out of a tensor region."""
+
+    item: str
+    """The part of the model that it belongs to: ``embedding``, ``attention``, ``mlp``."""
+    way: str
+    features: int
+
+
+def ways(backbone: nn.Module) -> Counter[Way]:
+    """Every way of a backbone, of any number of layers, and how many are alike."""
+    found: Counter[Way] = Counter()
+    for path, module in backbone.named_modules():
+        item = next((name for name in path.split(".") if name != "layers" and not name.isdigit()), path)
+        if isinstance(module, ColumnParallelLinear):
+            found[Way(item, "in", module.weight.shape[1])] += 1
+        elif isinstance(module, RowParallelLinear):
+            found[Way(item, "out", module.weight.shape[0])] += 1
+        elif isinstance(module, VocabParallelEmbedding):
+            found[Way(item, "out", module.weight.shape[1])] += 1
+    return found
+
+
+def backbone_entries(
+    found: Counter[Way], grid: Grid, *, tokens: int, itemsize: int, backward: bool
+) -> Iterator[Entry]:
+    """Forward of ``tokens`` tokens in elements of ``itemsize`` bytes, and where gradients flow, backward."""
+    if grid.tp == 1:
+        return
+    for way, calls in found.items():
+        forward, back = _SAYS[way.way, grid.sharded]
+        for operation in (forward, back if backward else None):
+            if operation is not None:
+                yield entry(way.item, "tp", operation, grid.tp, tokens * way.features * itemsize, calls)
