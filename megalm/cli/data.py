@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from megalm.cli.options import Overrides, Plugins, names
-from megalm.config.settings import Settings
 from megalm.data.readers import DOCUMENTS
 from megalm.data.tokenizer import Resolve, tokenizer_from_spec
-from megalm.errors import ConfigError, DataError
+from megalm.errors import DataError
 
 app = typer.Typer(
     name="data",
@@ -110,10 +109,14 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer; name its folder as --tokenizer of prepare."""
     from megalm.data.learn import train_tokenizer as run
+    from megalm.data.learn import training_settings
+    from megalm.plugin.manager import PluginManager
 
     how = _documents(documents)
-    cls = resolver(plugins)(kind)
-    cfg = _settings(cls.Config, kind, sets or [])
+    manager = PluginManager.for_launch(names(plugins))
+    cls = manager.load_class("tokenizers", kind)
+    owner = f"plugin {manager.get('tokenizers', kind).plugin}"
+    cfg = training_settings(cls.Config, kind, owner, sets or [])
     with _progress("reading") as progress:
         tokenizer = run(
             cls,
@@ -188,20 +191,6 @@ def _documents(text: str) -> Any:
     if text not in DOCUMENTS:
         raise DataError(f"--documents {text}: expected one of {', '.join(DOCUMENTS)}")
     return text
-
-
-def _settings(model: type[Settings], owner: str, pairs: Sequence[str]) -> Settings:
-    """The tokenizer's settings from ``KEY=VALUE`` pairs; ConfigError with all that is wrong."""
-    from megalm.config.source import Source
-    from megalm.config.validate import validate
-
-    source = Source("--set", {})
-    problems = source.apply(pairs)
-    cfg, wrong = validate(model, source.data, prefix=(owner,), owner=f"tokenizer {owner}")
-    problems += [problem.line(source.place(problem.path[1:])) for problem in wrong]
-    if problems or cfg is None:
-        raise ConfigError(problems)
-    return cfg
 
 
 @contextmanager

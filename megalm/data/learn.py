@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megalm.config.settings import Settings
+from megalm.config.source import Source
+from megalm.config.validate import validate
 from megalm.data.folder import new_folder
-from megalm.data.readers import Documents, Source, check_input, read_documents
+from megalm.data.readers import Documents, check_input, read_documents
+from megalm.data.readers import Source as Input
 from megalm.data.tokenizer import DESCRIPTOR, save_tokenizer
+from megalm.errors import ConfigError
 from megalm.plugin.contract.tokenizer import Tokenizer
 
 
@@ -41,13 +45,28 @@ def train_tokenizer(
 
     def texts() -> Iterator[str]:
         for path in paths:
-            with Source(path, tick) as source:
+            with Input(path, tick) as source:
                 yield from read_documents(source, documents, text_key)
 
     with new_folder(Path(out), overwrite=overwrite, is_ours=is_tokenizer, what="tokenizer") as folder:
         tokenizer = cls.train(texts(), cfg)
         save_tokenizer(tokenizer, component, folder)
     return tokenizer
+
+
+def training_settings(model: type[Settings], component: str, owner: str, pairs: Sequence[str]) -> Settings:
+    """Settings of a tokenizer's training from ``key=value`` pairs of the command line.
+
+    ``component`` is the tokenizer's name, ``owner`` who answers for ``model`` (``plugin tokenizers (megalm 1.0)``).
+    Raises ConfigError with all that is wrong, each key in full (``tokenizer.hf.vocab_size``).
+    """
+    source = Source("--set", {})
+    problems = source.apply(pairs)
+    cfg, wrong = validate(model, source.data, prefix=("tokenizer", component), owner=owner)
+    problems += [problem.line(source.place(problem.path[2:])) for problem in wrong]
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    return cfg
 
 
 def is_tokenizer(folder: Path) -> bool:
