@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from megalm.plugin.component import Component, PluginInfo
     from megalm.plugin.contract.callback import Callback, RunInfo
+    from megalm.plugin.contract.head import Head, HeadEnv
+    from megalm.plugin.contract.modules import BuildContext, ModuleBuilder
     from megalm.plugin.contract.objective import (
         IGNORE,
         Batch,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
         Term,
     )
     from megalm.plugin.contract.optim import Architecture, LRSchedule, OptimizerPlugin
+    from megalm.plugin.contract.records import FieldSpec, Record
     from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
     from megalm.plugin.hookspecs import API_VERSION, hookimpl
 
@@ -55,6 +58,8 @@ _HOMES = {
     ),
     "megalm.plugin.component": ("Component", "PluginInfo"),
     "megalm.plugin.contract.callback": ("Callback", "RunInfo"),
+    "megalm.plugin.contract.head": ("Head", "HeadEnv"),
+    "megalm.plugin.contract.modules": ("BuildContext", "ModuleBuilder"),
     "megalm.plugin.contract.objective": (
         "IGNORE",
         "Batch",
@@ -69,6 +74,7 @@ _HOMES = {
         "Term",
     ),
     "megalm.plugin.contract.optim": ("Architecture", "LRSchedule", "OptimizerPlugin"),
+    "megalm.plugin.contract.records": ("FieldSpec", "Record"),
     "megalm.plugin.contract.tokenizer": ("SpecialTokens", "Tokenizer"),
     "megalm.plugin.hookspecs": ("API_VERSION", "hookimpl"),
 }
@@ -79,6 +85,7 @@ __all__ = [
     "IGNORE",
     "Architecture",
     "Batch",
+    "BuildContext",
     "Callback",
     "CheckpointError",
     "Component",
@@ -86,17 +93,22 @@ __all__ = [
     "Corpus",
     "DataError",
     "Example",
+    "FieldSpec",
+    "Head",
+    "HeadEnv",
     "HeadSpec",
     "LRSchedule",
     "LayoutError",
     "LossContext",
     "MegalmError",
+    "ModuleBuilder",
     "Needs",
     "Objective",
     "ObjectiveEnv",
     "OptimizerPlugin",
     "PluginError",
     "PluginInfo",
+    "Record",
     "RunInfo",
     "Settings",
     "SpecialTokens",

@@ -16,6 +16,12 @@ SURFACE = {
         IGNORE LRSchedule LayoutError LossContext MegalmError Needs Objective ObjectiveEnv OptimizerPlugin PluginError
         PluginInfo RunInfo Settings SpecialTokens TensorSpec Term Tokenizer TokenizerError UsageError hookimpl
     """,
+    (1, 1): """
+        API_VERSION Architecture Batch BuildContext Callback CheckpointError Component ConfigError Corpus DataError
+        Example FieldSpec Head HeadEnv HeadSpec IGNORE LRSchedule LayoutError LossContext MegalmError ModuleBuilder
+        Needs Objective ObjectiveEnv OptimizerPlugin PluginError PluginInfo Record RunInfo Settings SpecialTokens TensorSpec
+        Term Tokenizer TokenizerError UsageError hookimpl
+    """,
 }
 
 

@@ -29,6 +29,7 @@ from megalm.plugin.sources import module_of, source_hash
 CONTRACTS = {
     "objectives": "megalm.plugin.contract.objective:Objective",
     "tokenizers": "megalm.plugin.contract.tokenizer:Tokenizer",
+    "heads": "megalm.plugin.contract.head:Head",
     "architectures": "megalm.plugin.contract.optim:Architecture",
     "optimizers": "megalm.plugin.contract.optim:OptimizerPlugin",
     "lr_schedules": "megalm.plugin.contract.optim:LRSchedule",

@@ -110,9 +110,13 @@ class TrainingObjective:
         """Items that each term scores."""
         return {term: n for part in self.parts.values() for term, n in part.counts(batch).items()}
 
+    def last_stage(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those tensors of a batch that the last stage has."""
+        return {name: batch[name] for name, spec in self.needs.tensors.items() if spec.to != "first"}
+
     def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
         """Sums of the terms that score something, of the tensors that the last stage has."""
-        last = {name: batch[name] for name, spec in self.needs.tensors.items() if spec.to != "first"}
+        last = self.last_stage(batch)
         terms: dict[str, Term] = {}
         for part_name, part in self.parts.items():
             found = part.loss(hidden, last, ctx)

@@ -1,0 +1,150 @@
+"""A head as an objective, so that the step, evaluation, checkpoints and proofs need no branch for it.
+
+The corpus of such an objective is a sequence of records: a sample's number is its place. Rows are padded to the run's
+sequence length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from megalm.errors import DataError, ObjectiveError
+from megalm.model.language_model import LanguageModel
+from megalm.nn.microbatch import make_microbatch
+from megalm.plugin.contract.head import Head
+from megalm.plugin.contract.objective import Batch, Corpus, Example, LossContext, Needs, Objective, ObjectiveEnv, Term
+from megalm.plugin.contract.records import Record, record_problems
+from megalm.train.feed import evaluation_rows
+from megalm.train.objective import TrainingObjective
+
+_SHOWN = 10
+"""Bad records that one error lists."""
+
+
+class HeadObjective(Objective):
+    """The objective of a head called ``name`` over records. Without ``labelled``, records may lack what is to be
+    predicted, and score nothing then.
+    """
+
+    def __init__(self, name: str, head: Head, *, labelled: bool = True) -> None:
+        super().__init__(head.cfg, ObjectiveEnv(head.env.tokenizer, head.env.sequence_length))
+        self.head = head
+        self.module_name = name.replace(".", "_")
+        self.version = head.version  # type: ignore[misc]  # an objective's is its class's; this one speaks for a head
+        self._name = name
+        self._labelled = labelled
+
+    def needs(self) -> Needs:
+        needs = self.head.needs()
+        if needs.attention != self.head.env.attention:
+            raise ObjectiveError(
+                f"head {self._name}: needs() asks for {needs.attention} attention, but the backbone's is "
+                f"{self.head.env.attention}; give HeadEnv.attention"
+            )
+        return replace(needs, modules={**needs.modules, self.module_name: self.head.build})
+
+    def weights(self) -> Mapping[str, float]:
+        return self.head.weights()
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """DataError that lists the records that lack what the head needs, each with field and value."""
+        records, fields, problems, bad = _records(corpus), self.head.fields(), [], 0
+        for number, record in enumerate(records):
+            found = record_problems(record, fields, self.head.env.labels, labelled=self._labelled)
+            bad += bool(found)
+            problems += [f"record {number}: {text}" for text in found]
+        if bad:
+            lines = "\n".join(f"  {line}" for line in [*problems[:_SHOWN], *["..."] * (len(problems) > _SHOWN)])
+            raise DataError(f"head {self._name}: {bad} of {len(records)} records cannot be used:\n{lines}")
+        if not records:
+            raise DataError(f"head {self._name}: no records")
+
+    def num_samples(self, corpus: Corpus) -> int:
+        return len(_records(corpus))
+
+    def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        try:
+            example = self.head.build_example(_records(corpus)[sample])
+        except DataError as error:
+            raise DataError(f"head {self._name}: record {sample}: {error}") from error
+        if (length := len(example["tokens"])) > self.env.sequence_length:
+            raise ObjectiveError(
+                f"head {self._name}: build_example gives {length} tokens for record {sample}, more than the sequence "
+                f"length of {self.env.sequence_length}; cut the text and set 'truncated'"
+            )
+        return example
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return self.head.collate(examples, self.env.sequence_length)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return self.head.counts(batch)
+
+    def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
+        return self.head.loss(ctx.module(self.module_name), hidden, batch, ctx)
+
+    def predict(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> list[Any]:
+        """The head's predictions. ObjectiveError where they are not a list of JSON values."""
+        found = self.head.predict(ctx.module(self.module_name), hidden, batch, ctx)
+        if not isinstance(found, list):
+            raise ObjectiveError(f"head {self._name}: predict() must return a list; found {found!r}")
+        for prediction in found:
+            try:
+                json.dumps(prediction, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ObjectiveError(
+                    f"head {self._name}: predict() returns what JSON cannot hold: {error}; found {prediction!r}"
+                ) from error
+        return found
+
+
+def _records(corpus: Corpus) -> Sequence[Record]:
+    return cast("Sequence[Record]", corpus)
+
+
+def as_corpus(records: Sequence[Record]) -> Corpus:
+    """Records as feeds take them: a HeadObjective's corpus is its records."""
+    return cast("Corpus", records)
+
+
+def head_objective(name: str, head: Head, *, labelled: bool = True) -> TrainingObjective:
+    """What the engine trains for a head."""
+    vocab_size = head.env.tokenizer.vocab_size
+    return TrainingObjective({name: HeadObjective(name, head, labelled=labelled)}, vocab_size)
+
+
+@torch.no_grad()
+def predict(model: LanguageModel, name: str, head: Head, records: Sequence[Record], *, micro_batch: int) -> list[Any]:
+    """The head's predictions for records, labelled or not, in their order, without dropout.
+
+    Every rank gets all of them. Data-parallel ranks share the work, ``micro_batch`` rows at a time; neither changes a
+    prediction. DataError lists records that cannot be used.
+    """
+    parallel, objective = model.parallel, head_objective(name, head, labelled=False)
+    part = cast("HeadObjective", objective.parts[name])
+    corpus = as_corpus(records)
+    part.check_corpus(corpus)
+    mine: list[Any] = []
+    for rows in evaluation_rows(
+        objective,
+        corpus,
+        seed=0,
+        samples=len(records),
+        micro_batch=micro_batch,
+        dp_index=parallel.dp.index,
+        dp_size=parallel.dp.size,
+    ):
+        tensors = rows.tensors(parallel.device)
+        batch = make_microbatch(tensors, parallel)
+        found = part.predict(model(batch), objective.last_stage(tensors), model.context(batch))
+        if len(found) != len(rows.slots):
+            raise ObjectiveError(f"head {name}: predict() returns {len(found)} predictions for {len(rows.slots)} rows")
+        mine += [[slot, prediction] for slot, prediction in zip(rows.slots, found, strict=True)]
+    everyone = [pair for share in parallel.dp.gather_json(mine) for pair in share]
+    return [prediction for _, prediction in sorted(everyone, key=lambda pair: int(pair[0]))]
