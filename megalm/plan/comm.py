@@ -90,7 +90,7 @@ class Planner:
         for index in range(self.grid.tp):
             shapes = local_shapes(self._layouts, index)
             if shapes not in known:
-                known[shapes] = tuple(gradient_entries(self._layouts, self.grid, index, self._master))
+                known[shapes] = tuple(gradient_entries(self._layouts, self.grid, index, self._master.itemsize))
             out.append(known[shapes])
         return out
 

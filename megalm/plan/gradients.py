@@ -1,18 +1,23 @@
-"""What is said of gradients after the last microbatch: the engine's own sums, on recording groups and the meta device.
+"""What is said of gradients after the last microbatch. Everything follows from the declared layouts.
 
-Sizes follow from the declared layouts. A layout describes every rank, so one model on the meta device serves for all.
+A layout describes every rank, so one model on the meta device serves for all. Which tensors share a message is the
+engine's own rule.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from megalm.optim.gradients import all_reduce_coalesced
-from megalm.parallel.layout import Layout, pieces, sum_overlaps
+from megalm.optim.gradients import _buckets as buckets
+from megalm.parallel.layout import Layout
 from megalm.plan.entries import Entry, entry
-from megalm.plan.recording import Grid, Heard, recording_context
+from megalm.plan.recording import Grid
+
+_NORM_BYTES = 8
+"""The norm's square is one float64."""
 
 
 def local_shapes(layouts: Mapping[str, Layout], tp_index: int) -> tuple[tuple[int, ...], ...]:
@@ -20,25 +25,23 @@ def local_shapes(layouts: Mapping[str, Layout], tp_index: int) -> tuple[tuple[in
     return tuple(layout.local_shape({"tp": tp_index, "dp": 0}) for layout in layouts.values())
 
 
-def gradient_entries(layouts: Mapping[str, Layout], grid: Grid, tp_index: int, dtype: torch.dtype) -> Iterator[Entry]:
-    """The sums of gradients of type ``dtype`` and of their norm, for the ranks at place ``tp_index``."""
-    heard: list[Heard] = []
-    parallel = recording_context(grid, heard, tp_index=tp_index)
-    gradients = {
-        name: torch.empty(layout.local_shape(parallel.indices), dtype=dtype, device="meta")
-        for name, layout in layouts.items()
-    }
-
-    def said(item: str) -> Iterator[Entry]:
-        yield from (entry(item, h.axis, h.operation, h.ranks, h.payload) for h in heard)
-        heard.clear()
-
-    all_reduce_coalesced((g for name, g in gradients.items() if "tp" in layouts[name].partial), parallel.tp)
-    yield from said("gradients of token shards")
-    items = [p for name, g in gradients.items() for p in pieces(name, layouts[name], g, parallel.indices)]
-    sum_overlaps(items, {"tp": parallel.tp})
-    yield from said("rows that ranks share")
-    all_reduce_coalesced(gradients.values(), parallel.dp)
-    yield from said("data-parallel gradients")
-    parallel.tp.all_reduce(torch.empty((), dtype=torch.float64, device="meta"))
-    yield from said("gradient norm")
+def gradient_entries(layouts: Mapping[str, Layout], grid: Grid, tp_index: int, itemsize: int) -> Iterator[Entry]:
+    """The sums of gradients, in elements of ``itemsize`` bytes, and of their norm, for the ranks at ``tp_index``."""
+    shapes = dict(zip(layouts, local_shapes(layouts, tp_index), strict=True))
+    gradients = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if grid.tp > 1:
+        partial = (g for name, g in gradients.items() if "tp" in layouts[name].partial)
+        for bucket in buckets(partial):
+            payload = sum(g.numel() for g in bucket) * itemsize
+            yield entry("gradients of token shards", "tp", "all_reduce", grid.tp, payload)
+        for layout in layouts.values():
+            for part in layout.parts:
+                if part.shard is not None and part.shard.overlaps:
+                    payload = math.prod(part.shape) * itemsize
+                    yield entry("rows that ranks share", part.shard.axis, "all_reduce", grid.tp, payload)
+    if grid.dp > 1:
+        for bucket in buckets(gradients.values()):
+            payload = sum(g.numel() for g in bucket) * itemsize
+            yield entry("data-parallel gradients", "dp", "all_reduce", grid.dp, payload)
+    if grid.tp > 1:
+        yield entry("gradient norm", "tp", "all_reduce", grid.tp, _NORM_BYTES)

@@ -84,10 +84,11 @@ class LossProbe:
         cfg = self._spec.cfg.model_copy(update={"layers": 0, "hidden_size": width})
         spec = replace(self._spec, cfg=cfg, vocab_size=self._parallel.tp.size, max_positions=1)
         model = LanguageModel(spec, self._parallel)
-        model.to_empty(device="cpu").to(self._dtype)
         draw = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02, generator=draw)
+        for module in model.modules():
+            for name, meta in list(module.named_parameters(recurse=False)):
+                values = torch.empty(meta.shape, dtype=self._dtype).normal_(std=0.02, generator=draw)
+                setattr(module, name, torch.nn.Parameter(values))
         if model.lm_head is not None:
             model.lm_head.vocab_size = self._spec.vocab_size  # ranks agree by it on the size of messages
         return model
