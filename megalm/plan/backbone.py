@@ -52,9 +52,7 @@ def ways(backbone: nn.Module) -> Counter[Way]:
     return found
 
 
-def backbone_entries(
-    found: Counter[Way], grid: Grid, *, tokens: int, itemsize: int, backward: bool
-) -> Iterator[Entry]:
+def backbone_entries(found: Counter[Way], grid: Grid, *, tokens: int, itemsize: int, backward: bool) -> Iterator[Entry]:
     """Forward of ``tokens`` tokens in elements of ``itemsize`` bytes, and where gradients flow, backward."""
     if grid.tp == 1:
         return

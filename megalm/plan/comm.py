@@ -102,9 +102,7 @@ class Planner:
         for tensors in microbatches(dp_index):
             loss, flows = probe.ask(tensors, backward=train)
             tokens = tensors["tokens"].numel()
-            yield from backbone_entries(
-                self._ways, grid, tokens=tokens, itemsize=self._dtype.itemsize, backward=flows
-            )
+            yield from backbone_entries(self._ways, grid, tokens=tokens, itemsize=self._dtype.itemsize, backward=flows)
             yield from loss
         if grid.dp > 1:
             yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, _SUMS_BYTES * len(objective.weights), 2)

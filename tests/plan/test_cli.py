@@ -1,0 +1,117 @@
+"""``megalm plan`` as people and scripts call it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalm.cli.app import main
+from megalm.testing.runs import TEMPLATE
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_toml(tmp_path: Path, store: Path) -> Path:
+    path = tmp_path / "run.toml"
+    text = TEMPLATE.format(run=tmp_path / "run", architecture="llama", data=store, objective="causal_lm")
+    path.write_text(text + "[parallel]\ntp = 2\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def plan(run_toml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+    """``plan("--comm")``: exit status, output, errors."""
+
+    def call(*arguments: str, path: Path = run_toml) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megalm", "plan", str(path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def test_the_layout_alone(plan: Plan, run_toml: Path) -> None:
+    status, out, _ = plan("--ranks", "2")
+    assert status == 0
+    assert "tp 2, dp 1: 2 rank(s)" in out
+    assert "--comm shows" in out
+    assert "all_reduce" not in out
+    assert not (run_toml.parent / "run").exists()
+
+
+def test_a_table(plan: Plan) -> None:
+    status, out, _ = plan("--comm", "--set", "parallel.dp=2", "--set", "train.micro_batch=4")
+    assert status == 0
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    # 2 layers, a microbatch of 4 rows: 2 all-reduces each of 4 * 16 * 24 * 8 bytes
+    assert rows["attention"].split() == ["attention", "tp", "all_reduce", "4", "48.00", "KiB", "48.00", "KiB"]
+    for item in ("embedding", "mlp", "loss statistics", "loss gradient", "data-parallel gradients", "gradient norm"):
+        assert item in rows
+    assert {"total tp", "total dp", "total"} <= set(rows)
+    assert "first microbatches" in out
+
+
+def test_json_has_exact_bytes_of_every_rank(plan: Plan) -> None:
+    arguments = ("--comm", "--eval", "--json", "--ranks", "4", "--set", "train.micro_batch=2", "--set")
+    status, out, _ = plan(*arguments, "model.vocab_size=301")
+    assert status == 0
+    found = json.loads(out)
+    assert found["layout"] == {"ranks": 4, "tp": 2, "sp": False, "dp": 2, "micro_batch": 2, "microbatches": 2}
+    assert set(found["communication"]) == {"step", "evaluation"}
+    first, second = found["communication"]["step"]["classes"]
+    assert (first["ranks"], second["ranks"]) == ([0, 2], [1, 3])
+    assert found["communication"]["step"]["largest_rank"] == 0
+    for place, each in enumerate((first, second)):
+        gradients = next(item for item in each["items"] if item["item"] == "data-parallel gradients")
+        assert gradients["payload_bytes"] == found["parameters"]["by_tp_place"][place] * 8
+        for name in ("calls", "payload_bytes", "wire_bytes"):
+            axes = [each["totals"][axis][name] for axis in ("tp", "dp")]
+            assert sum(axes) == each["totals"]["all"][name] == sum(item[name] for item in each["items"])
+    # One embedding row more: its gradient, and the untied head's.
+    more = first["totals"]["dp"]["payload_bytes"] - second["totals"]["dp"]["payload_bytes"]
+    assert more == 2 * 24 * 8
+
+
+def test_one_rank_says_nothing(plan: Plan) -> None:
+    status, out, _ = plan("--comm", "--ranks", "1", "--set", "parallel.tp=1")
+    assert status == 0
+    assert "nothing is communicated" in out
+    status, out, _ = plan("--comm", "--json", "--ranks", "1", "--set", "parallel.tp=1")
+    (only,) = json.loads(out)["communication"]["step"]["classes"]
+    assert only == {"ranks": [0], "items": [], "totals": {"all": {"calls": 0, "payload_bytes": 0, "wire_bytes": 0}}}
+
+
+MISTAKES = [
+    ((), "give --ranks N, a multiple of parallel.tp = 2"),
+    (("--ranks", "3"), "parallel.tp = 2 does not divide the 3 rank(s)"),
+    (("--ranks", "8", "--set", "parallel.dp=2"), "is 4 ranks, but the launch has 8"),
+    (("--ranks", "0"), "--ranks"),
+    (("--ranks", "two"), "--ranks"),
+    (("--ranks", "2", "--set", "train.micro_batch=3"), "train.global_batch = 8 is not a multiple"),
+    (("--ranks", "2", "--set", "data.path=nowhere"), "nowhere"),
+    (("--ranks", "2", "--eval"), "give both"),
+    (("--ranks", "2", "--com"), "--com"),
+    (("--ranks", "2", "--plugins", "nosuch"), "nosuch"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=str)
+def test_mistakes_are_one_message(plan: Plan, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = plan(*arguments)
+    assert status == 2
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_no_such_file(plan: Plan, tmp_path: Path) -> None:
+    status, _, err = plan("--ranks", "2", path=tmp_path / "none.toml")
+    assert status == 2
+    assert "none.toml" in err
