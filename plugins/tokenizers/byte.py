@@ -50,6 +50,10 @@ class ByteTokenizer(Tokenizer):
     def identity(self) -> str:
         return hashlib.sha256(f"byte 1 {' '.join(_NAMES)}".encode()).hexdigest()
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def token(self, index: int) -> str:
         if index >= 256:
             return f"<{_NAMES[index - 256]}>"

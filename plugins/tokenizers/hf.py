@@ -138,6 +138,21 @@ class HFTokenizer(Tokenizer):
         canonical = json.dumps(decides, sort_keys=True, separators=(",", ":")).encode("ascii")
         return hashlib.sha256(b"hf 1\0" + canonical).hexdigest()
 
+    @property
+    def lossless(self) -> bool:
+        """True of byte-level BPE as it is trained here, with nothing that normalises: GPT-2's, for one."""
+        content = self._content
+        plain = {"type": "ByteLevel", "add_prefix_space": False}
+        vocabulary = content["model"].get("vocab", {})
+        return (
+            content["model"].get("type") == "BPE"
+            and content.get("normalizer") is None
+            and plain.items() <= (content.get("pre_tokenizer") or {}).items()
+            and (content.get("decoder") or {}).get("type") == "ByteLevel"
+            and all(token.get("special") for token in content.get("added_tokens") or ())
+            and all(character in vocabulary for character in pre_tokenizers.ByteLevel.alphabet())
+        )
+
     def token(self, index: int) -> str:
         return self._hf.id_to_token(index) or f"<unused {index}>"
 

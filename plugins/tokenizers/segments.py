@@ -15,7 +15,9 @@ def cut_at_segments(ids: list[int], starts: Sequence[int], segments: Sequence[st
     """Distribute a document's ids over its segments.
 
     ``starts`` holds the character at which each token begins, never falling; a token belongs to the segment in which it
-    begins.
+    begins. A document without segments has none to give them to, and no ids.
     """
+    if not segments:
+        return []
     cuts = [bisect_left(starts, end) for end in accumulate(len(segment) for segment in segments[:-1])]
     return [ids[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True)]

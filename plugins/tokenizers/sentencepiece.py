@@ -1,6 +1,8 @@
 """SentencePiece (Kudo and Richardson 2018): trains unigram and BPE models, and loads those that others have trained.
 
-What is trained here is lossless by default: no normalisation, spaces kept, characters outside the vocabulary as bytes.
+What is trained here is lossless by default, but for one character: no normalisation, spaces kept, characters outside
+the vocabulary as bytes. U+2581, which the library writes for a space, comes back as one; so no tokenizer here claims
+``lossless``.
 Training is repeatable: the library's result depends on its number of threads, so that is fixed, and nothing is sampled.
 """
 

@@ -82,6 +82,12 @@ class Tokenizer(ABC):
     def identity(self) -> str:
         """Hex SHA-256 of everything that decides the ids. Stored with data and checkpoints; a mismatch is refused."""
 
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding gives back every text that can be encoded, to the character. A claim, which
+        ``megalm.testing.TokenizerSuite`` holds the tokenizer to; tokenizers that normalise make none."""
+        return False
+
     def token(self, index: int) -> str:
         """A printable form of one id, for ``megalm data inspect``."""
         return self.decode([index])
