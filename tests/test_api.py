@@ -19,8 +19,8 @@ SURFACE = {
     (1, 1): """
         API_VERSION Architecture Batch BuildContext Callback CheckpointError Component ConfigError Corpus DataError
         Example FieldSpec Head HeadEnv HeadSpec IGNORE LRSchedule LayoutError LossContext MegalmError ModuleBuilder
-        Needs Objective ObjectiveEnv OptimizerPlugin PluginError PluginInfo Record RunInfo Settings SpecialTokens TensorSpec
-        Term Tokenizer TokenizerError UsageError hookimpl
+        Needs Objective ObjectiveEnv OptimizerPlugin PluginError PluginInfo Record RunInfo Settings
+        SpecialTokens TensorSpec Term Tokenizer TokenizerError UsageError hookimpl
     """,
 }
 
