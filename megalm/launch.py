@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from megalm.parallel.bootstrap import Place, Rendezvous
+    from megalm.parallel.flight import FlightRecord
     from megalm.train.prepare import Prepared
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -153,9 +154,9 @@ def _leave_together(rendezvous: Rendezvous, status: int) -> NoReturn:
 def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
     import torch
 
-    from megalm.parallel.bootstrap import start_process_group, stop_process_group
-    from megalm.parallel.mesh import make_mesh, single_rank
-    from megalm.train.trainer import Trainer
+    from megalm.parallel.bootstrap import stop_process_group
+    from megalm.parallel.flight import CollectiveError, FlightRecord
+    from megalm.parallel.watchdog import Watchdog
 
     config, place = prepared.resolved.config, rendezvous.place
     device = _device(config.launch.device, place)
@@ -163,35 +164,61 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
         torch.cuda.set_device(device)
     threads = config.launch.threads
     torch.set_num_threads(_threads(place) if threads == "auto" else threads)
+    flight = FlightRecord()
+    watchdog = Watchdog(flight, place.rank, place.world_size, rendezvous.board, config.launch.collective_timeout)
+    if rendezvous.store is not None:
+        watchdog.start()
     try:
-        start_process_group(rendezvous, device, config.launch.collective_timeout)
-        if rendezvous.store is None:
-            parallel = single_rank(device)
-        else:
-            parallel = make_mesh(
-                device,
-                tp=config.parallel.tp,
-                dp=config.parallel.dp,
-                sp=config.parallel.sp,
-                timeout=config.launch.collective_timeout,
-            )
-        Trainer(prepared, parallel).run()
+        _run(prepared, rendezvous, device, flight)
     except UsageError as error:
+        watchdog.leave(f"has failed: {_text(error)}", excuse=True)
         if rendezvous.first("failed"):
             print(f"megalm: {_text(error)}", file=sys.stderr, flush=True)
         _leave_together(rendezvous, USAGE_ERROR)
-    except Exception:
+    except CollectiveError:
+        watchdog.collective_failed(first=rendezvous.first("failed"))
+    except Exception as error:
+        watchdog.leave(f"has failed: {type(error).__name__}: {error}", excuse=True)
         if rendezvous.first("failed"):
             print(f"megalm: rank {place.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         # Not by the interpreter's way out: taking down a group whose collectives wait for other ranks can hang.
         os._exit(FAILURE)
     except KeyboardInterrupt:
+        watchdog.leave("was interrupted", excuse=True)
+        rendezvous.first("failed")
         if place.rank == 0:
             text = "interrupted; the same command goes on from the newest checkpoint"
             print(f"megalm: {text}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
+    if rendezvous.store is not None:
+        watchdog.stop()
     stop_process_group()
     return 0
+
+
+def _run(prepared: Prepared, rendezvous: Rendezvous, device: torch.device, flight: FlightRecord) -> None:
+    from megalm.parallel.bootstrap import start_process_group
+    from megalm.parallel.mesh import make_mesh, single_rank
+    from megalm.parallel.phase import phase
+    from megalm.parallel.watchdog import BACKEND_MARGIN
+    from megalm.train.trainer import Trainer
+
+    config, parallel = prepared.resolved.config, single_rank(device)
+    timeout = config.launch.collective_timeout + BACKEND_MARGIN
+
+    def start() -> None:
+        nonlocal parallel
+        start_process_group(rendezvous, device, timeout)
+        layout = config.parallel
+        parallel = make_mesh(device, tp=layout.tp, dp=layout.dp, sp=layout.sp, timeout=timeout, flight=flight)
+
+    if rendezvous.store is not None:
+        # A rank that is lost now would keep the others waiting as well.
+        everyone = flight.line("launch", tuple(range(rendezvous.place.world_size)))
+        flight.fly(everyone, "start_process_groups", (), start)
+    with phase("build the model"):
+        trainer = Trainer(prepared, parallel)
+    trainer.run()
 
 
 def _device(wanted: str, place: Place) -> torch.device:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COMM = "megalm.parallel.comm"
 SIMULATED = {"megalm.parallel.sim.store", "megalm.parallel.sim.torch_hooks"}
-ADAPTERS = {"megalm.parallel.bootstrap", "megalm.parallel.mesh", COMM, *SIMULATED}
+ADAPTERS = {"megalm.parallel.bootstrap", "megalm.parallel.board", "megalm.parallel.mesh", COMM, *SIMULATED}
 """Modules that may use torch.distributed's Store and rendezvous, or start and end process groups."""
 COLLECTIVES = {
     *("all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_single", "all_gather_into_tensor"),

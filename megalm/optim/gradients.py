@@ -12,6 +12,7 @@ import torch
 from megalm.optim.weights import Weights
 from megalm.parallel.comm import Group
 from megalm.parallel.layout import sum_overlaps
+from megalm.parallel.phase import phase
 
 _BUCKET_ELEMENTS = 8 << 20
 
@@ -20,10 +21,11 @@ def finish_gradients(weights: Weights) -> None:
     """Sum gradients where each rank has a part: partial ones, rows that ranks share, then data-parallel ranks."""
     parallel = weights.parallel
     gradients = {name: weights.gradient(name) for name in weights.masters}
-    # Every gradient is partial on the data-parallel axis; layouts say which are on the tensor-parallel one as well.
-    all_reduce_coalesced((g for name, g in gradients.items() if "tp" in weights.layouts[name].partial), parallel.tp)
-    sum_overlaps(weights.gradient_pieces(), {"tp": parallel.tp})
-    all_reduce_coalesced(gradients.values(), parallel.dp)
+    with phase("finish gradients"):
+        # Every gradient is partial on the data-parallel axis; layouts say which are on the tensor-parallel one as well.
+        all_reduce_coalesced((g for name, g in gradients.items() if "tp" in weights.layouts[name].partial), parallel.tp)
+        sum_overlaps(weights.gradient_pieces(), {"tp": parallel.tp})
+        all_reduce_coalesced(gradients.values(), parallel.dp)
 
 
 def all_reduce_coalesced(tensors: Iterable[torch.Tensor], group: Group) -> None:
@@ -61,7 +63,8 @@ def global_norm(weights: Weights) -> torch.Tensor:
     squares = (
         torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
     )
-    return weights.parallel.tp.all_reduce(squares).sqrt()
+    with phase("gradient norm"):
+        return weights.parallel.tp.all_reduce(squares).sqrt()
 
 
 def clip_gradients(weights: Weights, norm: float, limit: float) -> None:

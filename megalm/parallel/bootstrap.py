@@ -26,6 +26,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from megalm.errors import MegalmError
+from megalm.parallel.board import Board, BoardGone
 from megalm.parallel.comm import exercise_backend
 
 
@@ -75,6 +76,12 @@ class Rendezvous:
     def store(self) -> Store | None:
         """The store itself, for ``init_process_group``."""
         return self._store
+
+    def board(self) -> Board:
+        """The watchdogs' notice board in the store, over a connection of its own. BoardGone where there is no store."""
+        if self._store is None:
+            raise BoardGone
+        return Board(self._store, "watchdog")
 
     def exchange(self, topic: str, value: Any, timeout: float | None = None) -> list[Any]:
         """Every rank's JSON value, in rank order, on every rank. RendezvousError names a rank that does not report."""

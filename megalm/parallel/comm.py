@@ -6,16 +6,22 @@ once; ``MEGALM_NO_SHORT_CIRCUIT=1`` switches that off, to exercise a real
 backend with one rank.
 
 Object collectives are forbidden because they pickle: what ranks tell each other is tensors or JSON.
+
+Where a group has a flight record, each operation is noted there, so that a watchdog can say who is stuck where; and an
+operation that fails says which one it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+from megalm.parallel.flight import FlightRecord
 
 # torch 2.13 renamed these and warns of the old names; 2.11 has only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,7 +38,13 @@ class Group:
     """The ranks that share one axis of the mesh, seen from one of them."""
 
     def __init__(
-        self, axis: str, ranks: tuple[int, ...], index: int, device: torch.device, handle: dist.ProcessGroup | None
+        self,
+        axis: str,
+        ranks: tuple[int, ...],
+        index: int,
+        device: torch.device,
+        handle: dist.ProcessGroup | None,
+        flight: FlightRecord | None = None,
     ) -> None:
         self.axis = axis
         self.ranks = ranks
@@ -44,11 +56,13 @@ class Group:
         self._handle = handle
         self.alone = self.size == 1 and (handle is None or not exercise_backend())
         """Nothing is communicated. Callers that would save work for a group of one ask this, not the size."""
+        self._flight = flight
+        self._line = None if flight is None else flight.line(axis, ranks)
 
     def all_reduce(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> torch.Tensor:
         """Reduce ``x`` (contiguous, any shape) in place over the group, and return it."""
         if not self.alone:
-            dist.all_reduce(x, op=_OPS[op], group=self._handle)
+            self._run("all_reduce", x, lambda: dist.all_reduce(x, op=_OPS[op], group=self._handle), reduction=op)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +70,7 @@ class Group:
         if self.alone:
             return x
         out = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
-        _all_gather(out, x.contiguous(), group=self._handle)
+        self._run("all_gather", x, lambda: _all_gather(out, x.contiguous(), group=self._handle))
         return out
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,13 +78,16 @@ class Group:
         if self.alone:
             return x
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        _reduce_scatter(out, x.contiguous(), group=self._handle)
+        self._run(
+            "reduce_scatter", x, lambda: _reduce_scatter(out, x.contiguous(), group=self._handle), reduction="sum"
+        )
         return out
 
     def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite ``x`` with that of the rank at place ``source``, and return it."""
         if not self.alone:
-            dist.broadcast(x, src=self.ranks[source], group=self._handle)
+            root = self.ranks[source]
+            self._run("broadcast", x, lambda: dist.broadcast(x, src=root, group=self._handle), root=root)
         return x
 
     def barrier(self) -> None:
@@ -92,3 +109,18 @@ class Group:
     def broadcast_json(self, value: Any, source: int = 0) -> Any:
         """The JSON value of the rank at place ``source``, on every rank."""
         return self.gather_json(value if self.index == source else None)[source]
+
+    def _run(self, kind: str, x: torch.Tensor, call: Callable[[], object], **about: object) -> None:
+        """Make a call to torch.distributed. CollectiveError where it fails and there is a flight record."""
+        if self._flight is None or self._line is None:
+            call()
+            return
+        # A collective of NCCL is only queued: it is over when the stream that waits for it passes a mark.
+        mark = _mark if self._device.type == "cuda" else None
+        self._flight.fly(self._line, kind, (*about.items(), ("dtype", x.dtype), ("shape", tuple(x.shape))), call, mark)
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event

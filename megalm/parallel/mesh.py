@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megalm.errors import LayoutError
 from megalm.parallel.comm import Group
+from megalm.parallel.flight import FlightRecord
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,18 @@ def single_rank(device: torch.device | str = "cpu") -> ParallelContext:
 
 
 def make_mesh(
-    device: torch.device, *, tp: int, dp: int | None = None, sp: bool = False, timeout: float | None = None
+    device: torch.device,
+    *,
+    tp: int,
+    dp: int | None = None,
+    sp: bool = False,
+    timeout: float | None = None,
+    flight: FlightRecord | None = None,
 ) -> ParallelContext:
     """Groups for every axis over the initialised default process group.
 
     Every rank creates every group in the same order, as torch.distributed demands. ``timeout`` (seconds) is that of the
-    collectives; groups do not inherit it from the default group.
+    collectives; groups do not inherit it from the default group. ``flight`` notes their operations for a watchdog.
     """
     limit = None if timeout is None else timedelta(seconds=timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -87,6 +94,6 @@ def make_mesh(
                 dist.group.WORLD if axis == "world" else dist.new_group(list(ranks), timeout=limit, group_desc=axis)
             )
             if rank in ranks:
-                mine[axis] = Group(axis, ranks, ranks.index(rank), device, handle)
+                mine[axis] = Group(axis, ranks, ranks.index(rank), device, handle, flight)
     sharded = sp and not mine["tp"].alone
     return ParallelContext(rank, world_size, device, mine["tp"], mine["dp"], mine["world"], sp=sharded)

@@ -15,6 +15,7 @@ from megalm.metrics.report import NAME as REPORT
 from megalm.metrics.report import write_report
 from megalm.metrics.summary import read_summary, write_summary
 from megalm.model.language_model import LanguageModel
+from megalm.parallel.phase import phase
 from megalm.train.generate import sample_text
 from megalm.train.prepare import Prepared
 from megalm.train.run_folder import CHECKPOINTS, METRICS, SAMPLE
@@ -31,16 +32,17 @@ def sample_of(prepared: Prepared, model: LanguageModel) -> str | None:
     wanted = config.sample
     if not (prepared.spec.causal and prepared.spec.lm_head and wanted.tokens):
         return None
-    return sample_text(
-        model,
-        prepared.tokenizer,
-        prompt=wanted.prompt,
-        tokens=wanted.tokens,
-        context=config.train.sequence_length,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        seed=config.run.seed,
-    )
+    with phase("sample"):
+        return sample_text(
+            model,
+            prepared.tokenizer,
+            prompt=wanted.prompt,
+            tokens=wanted.tokens,
+            context=config.train.sequence_length,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            seed=config.run.seed,
+        )
 
 
 def write_outcome(prepared: Prepared, step: int, facts: dict[str, Any], sample: str | None) -> None:

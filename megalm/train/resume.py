@@ -15,6 +15,7 @@ from megalm.checkpoint.folders import complete_checkpoints, newest_whole, open_w
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.errors import CheckpointError, UsageError
 from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.phase import phase
 from megalm.train.prepare import Prepared
 from megalm.train.run_folder import CHECKPOINTS, RunLock
 
@@ -46,14 +47,15 @@ def find_start(
 ) -> Start | None:
     """The checkpoint to start from, or none for a fresh run; CheckpointError on every rank where there is trouble."""
     found: dict[str, Any] = {}
-    if parallel.rank == 0:
-        try:
-            lock.take()
-            folder = _choose(prepared, warn)
-            found = {"folder": None if folder is None else str(folder)}
-        except UsageError as error:
-            found = {"error": str(error)}
-    found = parallel.world.broadcast_json(found)
+    with phase("find start"):
+        if parallel.rank == 0:
+            try:
+                lock.take()
+                folder = _choose(prepared, warn)
+                found = {"folder": None if folder is None else str(folder)}
+            except UsageError as error:
+                found = {"error": str(error)}
+        found = parallel.world.broadcast_json(found)
     if "error" in found:
         raise CheckpointError(found["error"])
     if found["folder"] is None:

@@ -7,14 +7,15 @@ that of the loss over the whole global batch, whatever the accumulation and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from megalm.model.language_model import LanguageModel
-from megalm.nn.microbatch import make_microbatch
+from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.phase import phase
 from megalm.plugin.contract.objective import Term
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
@@ -40,16 +41,18 @@ def forward_backward(
     parallel = model.parallel
     scored = sum_counts(objective, microbatches, parallel)
     sums = _Sums(objective, parallel.device)
-    for rows in microbatches:
-        tensors = rows.tensors(parallel.device)
-        batch = make_microbatch(tensors, parallel, seed=seed, step=step, slots=rows.slots)
-        terms = objective.loss(model(batch), tensors, model.context(batch))
-        objective.check_terms(terms, objective.counts(rows.batch))
-        sums.add(terms)
-        scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
-        total = torch.stack(scaled).sum() if scaled else None
-        if total is not None and total.requires_grad:
-            total.backward()
+    for number, rows in enumerate(microbatches):
+        with phase(f"microbatch {number}"):
+            tensors = rows.tensors(parallel.device)
+            batch = make_microbatch(tensors, parallel, seed=seed, step=step, slots=rows.slots)
+            terms = _terms(model, objective, batch, tensors)
+            objective.check_terms(terms, objective.counts(rows.batch))
+            sums.add(terms)
+            scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
+            total = torch.stack(scaled).sum() if scaled else None
+            if total is not None and total.requires_grad:
+                with phase("backward"):
+                    total.backward()
     return sums.losses(scored, parallel)
 
 
@@ -59,13 +62,22 @@ def evaluate(model: LanguageModel, objective: TrainingObjective, batches: Iterab
     parallel = model.parallel
     sums = _Sums(objective, parallel.device)
     local = dict.fromkeys(objective.weights, 0)
-    for rows in batches:
-        tensors = rows.tensors(parallel.device)
-        batch = make_microbatch(tensors, parallel)
-        sums.add(objective.loss(model(batch), tensors, model.context(batch)))
+    for number, rows in enumerate(batches):
+        with phase(f"batch {number}"):
+            tensors = rows.tensors(parallel.device)
+            sums.add(_terms(model, objective, make_microbatch(tensors, parallel), tensors))
         for name, n in objective.counts(rows.batch).items():
             local[name] += n
     return sums.losses(_over_ranks(local, parallel), parallel)
+
+
+def _terms(
+    model: LanguageModel, objective: TrainingObjective, batch: Microbatch, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Term]:
+    with phase("forward"):
+        hidden = model(batch)
+    with phase("loss"):
+        return objective.loss(hidden, tensors, model.context(batch))
 
 
 def sum_counts(objective: TrainingObjective, microbatches: Iterable[Rows], parallel: ParallelContext) -> dict[str, int]:
@@ -78,7 +90,8 @@ def sum_counts(objective: TrainingObjective, microbatches: Iterable[Rows], paral
 
 
 def _over_ranks(local: dict[str, int], parallel: ParallelContext) -> dict[str, int]:
-    total = parallel.dp.all_reduce(torch.tensor(list(local.values()), device=parallel.device))
+    with phase("sum counts"):
+        total = parallel.dp.all_reduce(torch.tensor(list(local.values()), device=parallel.device))
     return dict(zip(local, total.tolist(), strict=True))
 
 
@@ -99,6 +112,7 @@ class _Sums:
                 self._sums[index] += terms[name].sum.detach()
 
     def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
-        sums = parallel.dp.all_reduce(self._sums).tolist()
+        with phase("sum losses"):
+            sums = parallel.dp.all_reduce(self._sums).tolist()
         means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums, strict=True)}
         return Losses(sum(self._weights[name] * mean for name, mean in means.items()), means)

@@ -22,6 +22,7 @@ from megalm.nn.module import materialise
 from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
 from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
 from megalm.train.feed import TrainFeed, evaluation_rows
 from megalm.train.outcome import is_complete, sample_of, show_outcome, write_outcome
@@ -78,7 +79,9 @@ class Trainer:
         start = find_start(self.prepared, self.parallel, lock, self._warn)
         done = 0 if start is None else self._load(start)
         steps = self.config.train.steps
-        if self.parallel.world.broadcast_json(self.leader and is_complete(self.prepared, done)):
+        with phase("is the run complete"):
+            complete = self.parallel.world.broadcast_json(self.leader and is_complete(self.prepared, done))
+        if complete:
             self.console.message(f"the run in {self.prepared.run_dir} is complete ({done} steps); nothing to do")
             if self.leader:
                 ensure_report(self.prepared.run_dir)
@@ -115,31 +118,14 @@ class Trainer:
             hook.megalm_train_end(run=info, error=error)
 
     def _train(self, info: RunInfo, done: int) -> None:
-        hook, train = self.prepared.manager.hook, self.config.train
+        train = self.config.train
         started, tokens = time.perf_counter(), 0
         step, reason = done, None
         while step < train.steps and reason is None:
-            hook.megalm_step_start(run=info, step=step + 1)
-            began = time.perf_counter()
-            losses, norm, rate = self.train_step(info, step)
-            seconds = time.perf_counter() - began
             step += 1
             tokens += self.tokens_per_step
-            record = {
-                "loss": losses.total,
-                "terms": losses.terms,
-                "grad_norm": norm,
-                "lr": rate,
-                "tokens": step * self.tokens_per_step,
-                "tokens_per_second": self.tokens_per_step / seconds,
-            }
-            self._record(info, step, record)
-            reason = self._should_stop(info, step)
-            last = step == train.steps
-            if last or (self.config.eval.every and step % self.config.eval.every == 0):
-                self._evaluate(info, step, last)
-            if last or reason or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                self._save(info, step)
+            with phase(f"step {step}"):
+                reason = self._whole_step(info, step)
         if reason is not None:
             self.console.message(f"stopped after step {step}: {reason}")
             if step < train.steps:
@@ -147,27 +133,53 @@ class Trainer:
                 return
         self._finish(step, time.perf_counter() - started, tokens)
 
+    def _whole_step(self, info: RunInfo, step: int) -> str | None:
+        """Take a step, counted from 1, and do what is due after it; why the run is to stop, if it is."""
+        self.prepared.manager.hook.megalm_step_start(run=info, step=step)
+        began = time.perf_counter()
+        losses, norm, rate = self.train_step(info, step - 1)
+        seconds = time.perf_counter() - began
+        record = {
+            "loss": losses.total,
+            "terms": losses.terms,
+            "grad_norm": norm,
+            "lr": rate,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / seconds,
+        }
+        self._record(info, step, record)
+        reason = self._should_stop(info, step)
+        last = step == self.config.train.steps
+        if last or (self.config.eval.every and step % self.config.eval.every == 0):
+            self._evaluate(info, step, last)
+        if last or reason or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+            self._save(info, step)
+        return reason
+
     def train_step(self, info: RunInfo, step: int) -> tuple[Losses, float, float]:
         """Forward, backward, sums, clipping and update of one step; the first step is 0."""
-        rows = self.feed.step(step)
+        with phase("build examples"):
+            rows = self.feed.step(step)
         losses = forward_backward(self.model, self.objective, rows, seed=self.config.run.seed, step=step)
         finish_gradients(self.weights)
         norm = global_norm(self.weights).item()
         self._check_finite(step, losses, norm)
         self.prepared.manager.hook.megalm_grads_ready(run=info, step=step + 1, grad_norm=norm)
-        clip_gradients(self.weights, norm, self.config.train.clip_grad)
-        rate = self.prepared.schedule.at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.weights.publish()
-        self.weights.zero_grad()
+        with phase("update"):
+            clip_gradients(self.weights, norm, self.config.train.clip_grad)
+            rate = self.prepared.schedule.at(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.weights.publish()
+            self.weights.zero_grad()
         return losses, norm, rate
 
     def _check_finite(self, step: int, losses: Losses, norm: float) -> None:
         if math.isfinite(losses.total) and math.isfinite(norm):
             return
-        names = self.parallel.world.gather_json(first_not_finite(self.weights))
+        with phase("find what is not finite"):
+            names = self.parallel.world.gather_json(first_not_finite(self.weights))
         where = next((f"; first in the gradient of {name} on rank {r}" for r, name in enumerate(names) if name), "")
         raise TrainingError(
             f"step {step + 1}: loss is {losses.total} and gradient norm {norm}{where}. "
@@ -176,20 +188,18 @@ class Trainer:
 
     def _evaluate(self, info: RunInfo, step: int, last: bool) -> None:
         samples = (self.config.eval.final_samples if last else None) or self.config.eval.samples
-        losses = evaluate(
-            self.model,
+        rows = evaluation_rows(
             self.objective,
-            evaluation_rows(
-                self.objective,
-                self.prepared.validation,
-                seed=self.config.run.seed,
-                samples=samples,
-                micro_batch=self.config.train.micro_batch,
-                dp_index=self.parallel.dp.index,
-                dp_size=self.parallel.dp.size,
-                cell=self.config.train.cell,
-            ),
+            self.prepared.validation,
+            seed=self.config.run.seed,
+            samples=samples,
+            micro_batch=self.config.train.micro_batch,
+            dp_index=self.parallel.dp.index,
+            dp_size=self.parallel.dp.size,
+            cell=self.config.train.cell,
         )
+        with phase("evaluate"):
+            losses = evaluate(self.model, self.objective, rows)
         if not math.isfinite(losses.total):
             raise TrainingError(f"evaluation after step {step}: loss is {losses.total}; lower train.lr")
         record = {"loss": losses.total, "terms": losses.terms}
@@ -215,7 +225,8 @@ class Trainer:
         if not hook.implemented("megalm_should_stop"):
             return None
         reasons = hook.megalm_should_stop(run=info, step=step)
-        told = self.parallel.world.gather_json(reasons)
+        with phase("should the run stop"):
+            told = self.parallel.world.gather_json(reasons)
         return next((reason for each in told for reason in each), None)
 
     def _save(self, info: RunInfo, step: int) -> None:
@@ -230,20 +241,22 @@ class Trainer:
             "config": self.prepared.resolved.as_dict(),
             "callbacks": callbacks,
         }
-        save_checkpoint(
-            self.prepared.run_dir / CHECKPOINTS,
-            step,
-            training_state(self.weights, self.optimizer),
-            state,
-            self.parallel,
-            self.config.checkpoint.keep,
-        )
+        with phase("save checkpoint"):
+            save_checkpoint(
+                self.prepared.run_dir / CHECKPOINTS,
+                step,
+                training_state(self.weights, self.optimizer),
+                state,
+                self.parallel,
+                self.config.checkpoint.keep,
+            )
 
     def _load(self, start: Start) -> int:
-        allocate_optimizer_state(self.weights, self.optimizer)
-        load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer))
-        set_scalars(self.weights, self.optimizer, start.manifest.scalars)
-        self.weights.publish()
+        with phase("resume"):
+            allocate_optimizer_state(self.weights, self.optimizer)
+            load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer))
+            set_scalars(self.weights, self.optimizer, start.manifest.scalars)
+            self.weights.publish()
         return start.manifest.step
 
     def _finish(self, step: int, seconds: float, tokens: int) -> None:

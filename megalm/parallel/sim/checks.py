@@ -15,9 +15,10 @@ import torch
 
 from megalm.parallel.sim import poison
 from megalm.parallel.sim.errors import RaceError, SharedStorageError
-from megalm.parallel.sim.operation import Operation, spell
+from megalm.parallel.sim.operation import Operation
 from megalm.parallel.sim.torch_hooks import StorageReference, storage_reference
 from megalm.parallel.sim.trace import Record
+from megalm.parallel.wording import spell
 
 _IN_PLACE = ("broadcast", "reduce")
 _MANY = 4096

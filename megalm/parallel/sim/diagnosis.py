@@ -9,6 +9,7 @@ from megalm.parallel.sim.operation import Operation
 from megalm.parallel.sim.rendezvous import other_tags
 from megalm.parallel.sim.scheduler import RankThread, Scheduler, Waitable
 from megalm.parallel.sim.store import StoreWait
+from megalm.parallel.wording import find_cycle, listed, ranks_text, wait_text
 
 
 def deadlock_report(scheduler: Scheduler, fabric: Fabric) -> str:
@@ -46,22 +47,6 @@ def missing_ranks(wait: Waitable, ranks: list[RankThread]) -> list[int]:
     return []
 
 
-def find_cycle(needs: Mapping[int, list[int]]) -> list[int]:
-    """A shortest cycle, its first rank repeated at the end; empty where there is none."""
-    best: list[int] = []
-    for start in sorted(needs):
-        paths, seen = [[start]], {start}
-        while paths:
-            path = paths.pop(0)
-            for rank in needs.get(path[-1], []):
-                if rank == start and (not best or len(path) + 1 < len(best)):
-                    best = [*path, start]
-                if rank not in seen:
-                    seen.add(rank)
-                    paths.append([*path, rank])
-    return best
-
-
 def _open(rank: RankThread) -> list[Waitable]:
     return [] if rank.state == "ended" else [wait for wait in rank.waits if not wait.done]
 
@@ -72,8 +57,7 @@ def _gone(ranks: list[RankThread], needs: Mapping[int, list[int]]) -> list[str]:
     for rank in ranks:
         waiting = [number for number, needed in needs.items() if rank.number in needed]
         if rank.state == "ended" and waiting:
-            who = f"rank {waiting[0]} waits" if len(waiting) == 1 else f"ranks {_listed(waiting)} wait"
-            lines.append(f"culprit: rank {rank.number} {rank.dropped or 'has ended'}, but {who} for it")
+            lines.append(f"culprit: rank {rank.number} {rank.dropped or 'has ended'}, but {wait_text(waiting)} for it")
     return lines
 
 
@@ -83,24 +67,16 @@ def _describe(rank: RankThread, wait: Waitable, ranks: list[RankThread]) -> list
     if isinstance(wait, Operation) and wait.is_p2p:
         lines.append(f"      missing: the {'recv' if wait.kind == 'send' else 'send'} of rank {wait.peer_rank}")
         if tags := other_tags(wait):
-            lines[-1] += f" with tag {wait.tag}; it has one with tag {_listed(tags)}"
+            lines[-1] += f" with tag {wait.tag}; it has one with tag {listed(tags)}"
     elif isinstance(wait, Operation):
         arrived = sorted(set(wait.group.ranks) - set(missing))
-        lines.append(f"      missing: {_ranks(missing)}; there: {_ranks(arrived)}")
+        lines.append(f"      missing: {ranks_text(missing)}; there: {ranks_text(arrived)}")
         if absent := sorted(set(missing) - wait.group.made_by):
-            lines.append(f"      the group itself was never created by {_ranks(absent)}")
+            lines.append(f"      the group itself was never created by {ranks_text(absent)}")
     else:
-        lines.append(f"      missing: {_ranks(missing)}, or whoever is to set it")
+        lines.append(f"      missing: {ranks_text(missing)}, or whoever is to set it")
     if isinstance(wait, Operation):
         lines.append(wait.place_in_code("      "))
     elif isinstance(wait, StoreWait):
         lines.append(f"      at {' < '.join(wait.frames)}")
     return lines
-
-
-def _ranks(numbers: list[int]) -> str:
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {_listed(numbers)}"
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from megalm.parallel.sim.errors import MismatchError, SimulationError
-from megalm.parallel.sim.operation import Operation, spell
+from megalm.parallel.sim.operation import Operation
+from megalm.parallel.wording import spell
 
 Results = list[list[torch.Tensor]]
 _PAIRWISE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

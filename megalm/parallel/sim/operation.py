@@ -7,29 +7,14 @@ run.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from megalm.parallel.phase import phases
-
-_OWN = Path(__file__).resolve().parent
-_SKIP = (
-    os.path.dirname(os.path.abspath(torch.__file__)),
-    os.path.abspath(threading.__file__),
-    str(_OWN),
-    str(_OWN.parent / "comm.py"),
-    str(_OWN.parent / "phase.py"),
-    "<",
-)
-_FRAMES = 3
+from megalm.parallel.wording import place_in_code, spell, spell_call, spell_group, user_frames
 
 
 @dataclass(eq=False)
@@ -51,9 +36,7 @@ class Group:
     """Sends and receives without a peer: (source, destination, tag, kind)."""
 
     def __str__(self) -> str:
-        size = len(self.ranks)
-        members = ", ".join(map(str, self.ranks)) if size <= 16 else f"{size} ranks"
-        return f"{self.label} [{members}]"
+        return spell_group(self.label, self.ranks)
 
 
 @dataclass(eq=False)
@@ -115,28 +98,10 @@ class Operation:
             way = "to" if self.kind == "send" else "from"
             tag = f" tag {self.tag}" if self.tag else ""
             return f"{self.kind} {way} rank {self.peer_rank} of {spell(tensor)}{tag}, group {self.group}"
-        what = ", ".join(f"{name} {value}" for name, value in self.agreed.items() if name != "operation")
+        about = {name: value for name, value in self.agreed.items() if name != "operation"}
         call = "" if self.call is None else f" call {self.call} of"
-        return f"{self.kind}({what}),{call} group {self.group}"
+        return f"{spell_call(self.kind, about)},{call} group {self.group}"
 
     def place_in_code(self, indent: str) -> str:
         """Phase labels and user frames, as lines."""
-        lines = [f"{indent}during: {' > '.join(self.phases)}"] if self.phases else []
-        return "\n".join([*lines, f"{indent}at {' < '.join(self.frames)}"])
-
-
-def spell(tensor: torch.Tensor) -> str:
-    """``float32[2, 3]``."""
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def user_frames() -> tuple[str, ...]:
-    """The innermost three frames outside torch and the simulation, innermost first."""
-    out: list[str] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(out) < _FRAMES:
-        code = frame.f_code
-        if not code.co_filename.startswith(_SKIP):
-            out.append(f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_name}")
-        frame = frame.f_back
-    return tuple(out)
+        return place_in_code(self.phases, self.frames, indent)

@@ -16,7 +16,8 @@ from torch.futures import Future
 
 from megalm.parallel.sim.errors import MismatchError
 from megalm.parallel.sim.fabric import Fabric
-from megalm.parallel.sim.operation import Group, Operation, spell
+from megalm.parallel.sim.operation import Group, Operation
+from megalm.parallel.wording import spell
 
 Tensors = list[torch.Tensor]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 
 from megalm.parallel.sim.errors import MismatchError
-from megalm.parallel.sim.operation import Operation, spell
+from megalm.parallel.sim.operation import Operation
+from megalm.parallel.wording import spell
 
 
 def join_collective(op: Operation) -> list[Operation] | None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megalm.parallel.sim.fabric import Fabric
-from megalm.parallel.sim.operation import user_frames
+from megalm.parallel.wording import user_frames
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.parallel.sim import run_simulated
-from megalm.parallel.sim.diagnosis import find_cycle
 from megalm.parallel.sim.errors import DeadlockError, GroupOrderError, MismatchError, SimulationError, SimulationTimeout
+from megalm.parallel.wording import find_cycle
 
 Program = Callable[[ParallelContext], object]
 SCHEDULES = [("round_robin", 0), ("random", 1), ("random", 2)]

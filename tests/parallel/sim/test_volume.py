@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megalm.optim.weights import Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.parallel.sim import SimulatedWorld, Volume
+from megalm.parallel.sim.trace import comm_volume
 from megalm.train.feed import TrainFeed
 from megalm.train.prepare import Prepared
 from megalm.train.step import forward_backward
@@ -48,6 +50,12 @@ def step(prepared: Prepared, parallel: ParallelContext, micro_batch: int) -> int
     with phase("norm"):
         global_norm(weights)
     return sum(p.numel() for p in model.parameters())
+
+
+def volumes(world: SimulatedWorld, *fields: str) -> dict[tuple[Any, ...], Volume]:
+    """As ``comm_volume(by=fields)``, where phase means the outermost label: that of :func:`step`, not the engine's."""
+    records = [replace(record, phase=record.phase.split(" > ")[0]) for record in world.trace]
+    return comm_volume(records, fields)
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def check(case: Case, prepared_run: PreparedRun) -> None:
     prepared = prepared_run("gpt2", f"model.layers={case.layers}", f"model.hidden_size={case.width}", "model.heads=8")
     world = SimulatedWorld(tp=case.tp, dp=case.dp, sp=case.sp)
     held = world.run(lambda parallel: step(prepared, parallel, case.micro_batch))
-    found = world.comm_volume(by=("rank", "phase", "group", "operation"))
+    found = volumes(world, "rank", "phase", "group", "operation")
     for rank in range(world.size):
         mine = {key[1:]: (v.calls, v.payload) for key, v in found.items() if key[0] == rank}
         assert mine == case.expected(held[rank]), f"rank {rank} of {case}"
@@ -137,13 +145,13 @@ def test_drawn_steps_of_gpt2(prepared_run: PreparedRun, campaign_seed: int, full
 def test_a_layer_more(model: str, sp: bool, prepared_run: PreparedRun) -> None:
     """A layer and microbatch: 4 all-reduces; 4 all-gathers and 4 reduce-scatters under SP, and as many bytes sent."""
 
-    def volumes(layers: int) -> dict[tuple[str, ...], Volume]:
+    def of(layers: int) -> dict[tuple[str, ...], Volume]:
         world = SimulatedWorld(tp=2, sp=sp)
         prepared = prepared_run(model, f"model.layers={layers}")
         world.run(lambda parallel: step(prepared, parallel, 4))
-        return world.comm_volume(by=("phase", "operation"))
+        return volumes(world, "phase", "operation")
 
-    few, many = volumes(1), volumes(2)
+    few, many = of(1), of(2)
     more = {
         operation: tuple(
             getattr(volume, field) - (getattr(few[label, operation], field) if (label, operation) in few else 0)

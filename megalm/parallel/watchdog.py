@@ -1,0 +1,240 @@
+"""A hang becomes a report: one thread of each rank watches how long the rank has been in a collective.
+
+The first whose rank has been in one for longer than the timeout raises an alarm on the notice board (the launch's
+key-value store). Every watchdog sees it, answers with what its rank is doing, and the lowest rank that answers prints
+one report of them all; then all exit. So it needs nothing from the threads that are stuck, and nothing from the process
+groups. Where the board is gone, each rank reports what it knows alone.
+
+Time spent between collectives is nobody's business, unless others wait for it in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+from megalm.parallel.board import BoardGone, within
+from megalm.parallel.flight import FlightRecord
+from megalm.parallel.hang import Status, hang_report
+
+FAILURE = 1
+"""Exit status after a report."""
+BACKEND_MARGIN = 86400.0
+"""Seconds by which the process groups' own timeout must exceed the watchdog's: theirs also runs while the whole job is
+suspended, and says nothing of other ranks."""
+_ANSWERING = 3.0
+"""Seconds that ranks get to answer, on top of two looks at the board."""
+_PRINTING = 10.0
+_LEAVING = 2.0
+_LATE = 2.0
+"""A look that comes later than this by so many seconds was held up with the whole process."""
+_TICK = 0.02
+
+
+class Notices(Protocol):
+    """What a :class:`~megalm.parallel.board.Board` does."""
+
+    def post(self, key: str, value: Any) -> None: ...
+    def read(self, key: str) -> Any | None: ...
+    def first(self, key: str) -> bool: ...
+
+
+class Watchdog:
+    """One rank's. Start it before the process groups, stop it before they are taken down."""
+
+    def __init__(
+        self, flight: FlightRecord, rank: int, size: int, board: Callable[[], Notices], timeout: float
+    ) -> None:
+        """``timeout``: seconds that a collective may take. ``board``: connects to the notices; may raise BoardGone."""
+        self._flight, self._rank, self._size, self._timeout = flight, rank, size, timeout
+        self._interval = min(1.0, max(0.05, timeout / 10))
+        self._connect = board
+        self._board: Notices | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._failed = False
+        self._first = True
+        self._thread = threading.Thread(target=self._guarded, name="megalm watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        with contextlib.suppress(BoardGone):
+            self._board = self._connect()
+            self._board.post(f"place/{self._rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The rank has done its part; what others still wait for from it will not come."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join()
+        self.leave("has ended")
+
+    def leave(self, why: str, excuse: bool = False) -> None:
+        """Say why this rank will not answer. ``excuse``: it has told the user, so others may go without a report."""
+        with contextlib.suppress(BoardGone):
+            if self._board is not None:
+                self._board.post(f"answer/{self._rank}", {**self._flight.told(), "gone": why})
+                if excuse:
+                    self._board.post("excuse", self._rank)
+
+    def collective_failed(self, first: bool) -> NoReturn:
+        """Report that a collective raised an error on this rank, and end the process. ``first``: none failed before."""
+        self._first = first
+        self._failed = True
+        self._wake.set()
+        self._thread.join()
+        os._exit(FAILURE)
+
+    def _guarded(self) -> None:
+        try:
+            self._watch()
+        except BaseException:
+            _print(f"megalm: the watchdog of rank {self._rank} failed, so the rank ends:\n{traceback.format_exc()}")
+            _end()
+
+    def _watch(self) -> None:
+        since = time.monotonic()
+        while True:
+            asked = time.monotonic()
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            now = time.monotonic()
+            if now - asked > self._interval + _LATE:
+                since = now  # the process was suspended; so, perhaps, were those that it waits for
+            oldest = self._flight.open_since()
+            if self._stopping.is_set():
+                return
+            if alarm := self._alarm():
+                self._report(alarm)
+            elif self._failed:
+                self._report(self._raise_failure())
+            elif oldest is not None and now - max(oldest, since) > self._timeout:
+                limit = f"{self._timeout:g} s (launch.collective_timeout)"
+                self._report(self._raise(f"megalm: a collective has not completed within {limit}"))
+
+    def _alarm(self) -> str | None:
+        """The head of the report that another rank has asked for; forgets a board that is gone."""
+        try:
+            return None if self._board is None else self._board.read("alarm")
+        except BoardGone:
+            self._board = None
+            return None
+
+    def _raise_failure(self) -> str:
+        """The head of the report of a failed collective. Ends the process where another's failure explains it."""
+        if not self._first:
+            # Who was first raises an alarm, or has left with an excuse.
+            until = time.monotonic() + _ANSWERING
+            while time.monotonic() < until and not self._excused():
+                if alarm := self._alarm():
+                    return alarm
+                time.sleep(_TICK)
+            _end()
+        return self._raise(f"megalm: a collective failed on rank {self._rank}")
+
+    def _excused(self) -> bool:
+        try:
+            return self._board is None or self._board.read("excuse") is not None
+        except BoardGone:
+            return True
+
+    def _raise(self, head: str) -> str:
+        """Raise the alarm, unless another rank has; what the report begins with."""
+        with contextlib.suppress(BoardGone):
+            if self._board is not None and self._board.first("alarms"):
+                self._board.post("alarm", head)
+        return self._alarm() or head
+
+    def _report(self, head: str) -> NoReturn:
+        """Answer, see to it that one report is printed, and end the process."""
+        own = self._flight.told()
+        try:
+            if self._board is None:
+                raise BoardGone
+            self._answer(self._board, own, head)
+        except BoardGone:
+            blind = "the launch's key-value store does not answer"
+            _print(hang_report(head, {self._rank: Status.parse(own)}, self._size, {}, blind))
+        _end()
+
+    def _answer(self, board: Notices, own: dict[str, Any], head: str) -> None:
+        board.post(f"answer/{self._rank}", own)
+        answers: dict[int, dict[str, Any]] = {self._rank: own}
+        lower_ranks, others = range(self._rank), [rank for rank in range(self._size) if rank != self._rank]
+        until = time.monotonic() + 2 * self._interval + _ANSWERING
+        printing = False
+        while not printing and time.monotonic() < until:
+            self._collect(board, answers, others)
+            # The lowest rank alive hears all out; the others are done once they know of a lower one.
+            printing = any(_alive(answers, rank) for rank in lower_ranks) or len(answers) == self._size
+            time.sleep(_TICK)
+        if any(_alive(answers, rank) for rank in lower_ranks):
+            if self._wait_for(board, "printed", until + _PRINTING - time.monotonic()):
+                self._wait_for_all(board, answers)
+                return
+            # It must have been lost while it was about to.
+            self._collect(board, answers, others)
+        elif board.read("printed"):
+            return  # this process was suspended while the others reported
+        places = {rank: str(board.read(f"place/{rank}") or "") for rank in others if rank not in answers}
+        statuses = {rank: Status.parse(told) for rank, told in answers.items()}
+        _print(hang_report(head, statuses, self._size, places))
+        board.post("printed", True)
+        self._wait_for_all(board, answers)
+
+    @staticmethod
+    def _collect(board: Notices, answers: dict[int, dict[str, Any]], ranks: list[int]) -> None:
+        for rank in ranks:
+            if rank not in answers and (told := board.read(f"answer/{rank}")) is not None:
+                answers[rank] = told
+
+    def _wait_for_all(self, board: Notices, answers: dict[int, dict[str, Any]]) -> None:
+        """A launcher ends the other ranks as soon as one has failed, and the store may go with one of them."""
+        with contextlib.suppress(BoardGone):
+            board.post(f"leaving/{self._rank}", True)
+            until = time.monotonic() + _LEAVING
+            for rank in answers:
+                if _alive(answers, rank):
+                    self._wait_for(board, f"leaving/{rank}", until - time.monotonic())
+
+    @staticmethod
+    def _wait_for(board: Notices, key: str, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while board.read(key) is None:
+            if time.monotonic() > until:
+                return False
+            time.sleep(_TICK)
+        return True
+
+
+def _alive(answers: dict[int, dict[str, Any]], rank: int) -> bool:
+    return rank in answers and "gone" not in answers[rank]
+
+
+def _print(text: str) -> None:
+    # Past sys.stderr, whose lock a stuck thread may hold; and a reader may have stopped reading.
+    data = f"{text}\n".encode()
+
+    def write() -> None:
+        left = data
+        while left:
+            left = left[os.write(2, left) :]
+
+    with contextlib.suppress(OSError, TimeoutError):
+        within(_PRINTING / 2, write)
+
+
+def _end() -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            within(_LEAVING / 2, stream.flush)
+    os._exit(FAILURE)
