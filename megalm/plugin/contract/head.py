@@ -109,8 +109,8 @@ class Head(ABC):
             longest = np.max([row.shape for row in rows], axis=0)
             sizes = [length if dim == "seq" else int(n) for dim, n in zip(spec.dims[1:], longest, strict=True)]
             whole = np.full((len(rows), *sizes), padding.get(name, 0), dtype=spec.dtype)
-            for place, row in zip(whole, rows, strict=True):
-                place[tuple(slice(n) for n in row.shape)] = row
+            for number, row in enumerate(rows):
+                whole[(number, *(slice(n) for n in row.shape))] = row
             batch[name] = whole
         return batch
 
