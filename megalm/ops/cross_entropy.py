@@ -43,7 +43,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         stats = h_TH.new_empty((2, tokens), dtype=wide)
         losses = h_TH.new_empty(tokens, dtype=wide)
         kept = None
-        for start in range(0, tokens, chunk):
+        # At least one chunk, so that ranks whose rows score nothing say what the others say.
+        for start in range(0, max(1, tokens), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(h_TH[part], weight_VH, bias_V).to(wide)
             top = group.all_reduce(logits.amax(dim=-1), "max")

@@ -13,10 +13,10 @@ import torch
 
 from megalm.model.language_model import LanguageModel
 from megalm.nn.module import materialise
-from megalm.optim.gradients import finish_gradients, global_norm
+from megalm.optim.gradients import all_reduce_coalesced, finish_gradients, global_norm
 from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
-from megalm.train.feed import TrainFeed
+from megalm.train.feed import Rows, TrainFeed
 from megalm.train.prepare import Prepared
 from megalm.train.step import forward_backward
 
@@ -33,10 +33,6 @@ def loss_and_gradients(
     ``micro_batch`` overrides the configured one, to vary the accumulation.
     """
     config = prepared.resolved.config
-    dtype = DTYPES[config.train.precision]
-    model = LanguageModel(prepared.spec, parallel)
-    materialise(model, parallel, config.run.seed, torch.float64 if dtype == torch.float64 else torch.float32)
-    weights = Weights(model, parallel, dtype)
     feed = TrainFeed(
         prepared.objective,
         prepared.train,
@@ -46,7 +42,19 @@ def loss_and_gradients(
         dp_index=parallel.dp.index,
         dp_size=parallel.dp.size,
     )
-    losses = forward_backward(model, prepared.objective, feed.step(step), seed=config.run.seed, step=step)
+    return gradients_of(prepared, parallel, feed.step(step), step=step)
+
+
+def gradients_of(
+    prepared: Prepared, parallel: ParallelContext, microbatches: list[Rows], *, step: int = 0
+) -> dict[str, torch.Tensor]:
+    """The same for microbatches of the caller's, this data-parallel rank's share of a step."""
+    config = prepared.resolved.config
+    dtype = DTYPES[config.train.precision]
+    model = LanguageModel(prepared.spec, parallel)
+    materialise(model, parallel, config.run.seed, torch.float64 if dtype == torch.float64 else torch.float32)
+    weights = Weights(model, parallel, dtype)
+    losses = forward_backward(model, prepared.objective, microbatches, seed=config.run.seed, step=step)
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
     out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})
@@ -56,14 +64,16 @@ def loss_and_gradients(
 
 def whole_gradients(weights: Weights) -> dict[str, torch.Tensor]:
     """Every logical gradient, whole, on every rank."""
-    parallel, out = weights.parallel, {}
+    parallel, whole = weights.parallel, {}
     for piece in weights.gradient_pieces():
-        whole = piece.local.new_zeros(piece.part.shape)
+        tensor = piece.local.new_zeros(piece.part.shape)
         owned = piece.part.owned({**parallel.indices, "dp": 0})
         if owned is not None:
-            whole[tuple(slice(*r) for r in owned)] = piece.view(owned)
-        out[piece.name] = parallel.tp.all_reduce(whole).cpu()
-    return out
+            tensor[tuple(slice(*r) for r in owned)] = piece.view(owned)
+        whole[piece.name] = tensor
+    for dtype in {tensor.dtype: None for tensor in whole.values()}:
+        all_reduce_coalesced((tensor for tensor in whole.values() if tensor.dtype == dtype), parallel.tp)
+    return {name: tensor.cpu() for name, tensor in whole.items()}
 
 
 def differences(
@@ -94,6 +104,14 @@ def differences(
         if not error <= limit:
             out.append(f"{name}: differs by {error:.3e}, largest value {size:.3e}, allowed {limit:.3e}")
     return out
+
+
+def loss_first(lines: list[str]) -> list[str]:
+    """Differences, those of the loss before those of gradients; said in words where the loss has none."""
+    loss = [line for line in lines if line.startswith(LOSS)]
+    if lines and not loss:
+        return ["the loss is right, these gradients are not:", *lines]
+    return [*loss, *(line for line in lines if line not in loss)]
 
 
 def assert_parity(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalm.config.load import load_config
+from megalm.config.load import Resolved, load_config
 from megalm.data.prepare import prepare
+from megalm.data.tokenizer import tokenizer_from_spec
 from megalm.parallel import rng
 from megalm.plugin.manager import PluginManager
 from megalm.train.prepare import Prepared, prepare_run
@@ -52,13 +53,42 @@ def write_text(path: Path, *, documents: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def make_store(folder: Path, *, documents: int = 60, seed: int = 0, manager: PluginManager | None = None) -> Path:
-    """A byte-level token store of such a text in ``folder/data``."""
-    manager = manager or PluginManager.for_launch(None)
-    text = write_text(folder / "text.txt", documents=documents, seed=seed)
-    tokenizer = manager.load_class("tokenizers", "byte")()
-    prepare([text], tokenizer, folder / "data", component="byte", validation=0.2)
+def make_store(
+    folder: Path,
+    *,
+    documents: int = 60,
+    seed: int = 0,
+    manager: PluginManager | None = None,
+    tokenizer: str = "byte",
+    text: Path | None = None,
+) -> Path:
+    """A token store in ``folder/data`` of ``text``, or else of a made-up one.
+
+    ``tokenizer``: as ``megalm data prepare --tokenizer`` takes it.
+    """
+    chosen = manager or PluginManager.for_launch(None)
+    source = text or write_text(folder / "text.txt", documents=documents, seed=seed)
+    component, built = tokenizer_from_spec(tokenizer, lambda name: chosen.load_class("tokenizers", name))
+    prepare([source], built, folder / "data", component=component, validation=0.2)
     return folder / "data"
+
+
+def load_run(
+    folder: Path,
+    data: Path,
+    *,
+    objective: str = "causal_lm",
+    architecture: str = "gpt2",
+    overrides: Sequence[str] = (),
+    manager: PluginManager | None = None,
+) -> Resolved:
+    """The configuration of a tiny model in float64 on the store; ``overrides`` as for ``--set``."""
+    path = folder / "run.toml"
+    path.write_text(
+        TEMPLATE.format(run=folder / "run", architecture=architecture, data=data, objective=objective),
+        encoding="utf-8",
+    )
+    return load_config(path, list(overrides), manager or PluginManager.for_launch(None))
 
 
 def make_run(
@@ -71,11 +101,9 @@ def make_run(
     world_size: int = 1,
     manager: PluginManager | None = None,
 ) -> Prepared:
-    """A prepared run of a tiny model in float64 on the store; ``overrides`` as for ``--set``."""
+    """The same, prepared to train."""
     manager = manager or PluginManager.for_launch(None)
-    path = folder / "run.toml"
-    path.write_text(
-        TEMPLATE.format(run=folder / "run", architecture=architecture, data=data, objective=objective),
-        encoding="utf-8",
+    resolved = load_run(
+        folder, data, objective=objective, architecture=architecture, overrides=overrides, manager=manager
     )
-    return prepare_run(load_config(path, list(overrides), manager), manager, world_size)
+    return prepare_run(resolved, manager, world_size)

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from megalm.api import (
+    IGNORE,
     Batch,
     Corpus,
     DataError,
@@ -63,7 +64,7 @@ class CausalLM(Objective):
         return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"causal_lm": int(batch["labels"].size)}
+        return {"causal_lm": int((batch["labels"] != IGNORE).sum())}
 
     def loss(self, hidden: Any, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
         return {"causal_lm": Term(ctx.lm_loss(hidden, batch["labels"]).sum())}

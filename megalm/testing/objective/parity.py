@@ -1,0 +1,163 @@
+"""Every layout gives the loss and every gradient of one rank, and ranks of one program say the same.
+
+Ranks are simulated, so that sixteen of them fit in one process and rounding is told from mistakes: float64, relative
+tolerance 1e-10. Each layout runs under two random schedules, whose results must be the same bits: a result that depends
+on who ran first is a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+
+from megalm.parallel.mesh import ParallelContext, single_rank
+from megalm.parallel.sim import Record, SimulatedWorld, run_simulated
+from megalm.testing.check import CheckFailed
+from megalm.testing.layouts import RankLayout, full_layouts, quick_layouts
+from megalm.testing.objective.batches import without_labels
+from megalm.testing.objective.subject import ObjectiveSubject
+from megalm.testing.parity import differences, gradients_of, loss_and_gradients, loss_first
+from megalm.train.feed import Rows
+from megalm.train.prepare import Prepared
+
+RTOL = {torch.float64: 1e-10, torch.float32: 1e-4}
+MAX_REPORTED = 3
+"""Wrong layouts after which the rest is not worth waiting for."""
+
+Gradients = dict[str, torch.Tensor]
+
+
+def assert_layout_parity(
+    objective: str | ObjectiveSubject,
+    layouts: Iterable[RankLayout] | None = None,
+    dtype: torch.dtype = torch.float64,
+    *,
+    schedules: Sequence[int] = (1, 2),
+) -> int:
+    """Compare loss and every gradient of a step under each layout with those of one rank; how many were compared.
+
+    Args:
+        objective: the name of an installed one, or a subject with its settings.
+        layouts: default: those of :func:`megalm.testing.layouts.quick_layouts`.
+        dtype: of weights and gradients; float64 tells mistakes from rounding, float32 only large ones.
+        schedules: seeds of the random schedules of simulated ranks, which must give equal bits.
+
+    Raises:
+        CheckFailed: (an AssertionError) with the layouts and tensors that differ.
+    """
+    if isinstance(objective, str):
+        with ObjectiveSubject(objective) as subject:
+            return assert_layout_parity(subject, layouts, dtype, schedules=schedules)
+    chosen = list(quick_layouts(objective.seed, objective.sequence_length) if layouts is None else layouts)
+    wrong: list[str] = []
+    for number, layout in enumerate(chosen, start=1):
+        problems = compare_layout(objective, layout, dtype, schedules)
+        if problems:
+            wrong.append("\n".join([f"{layout}:", *(f"  {line}" for line in problems[:6])]))
+        if len(wrong) == MAX_REPORTED or (wrong and number == len(chosen)):
+            count = f"{len(wrong)} of {number} layouts differ from one rank" if number > 1 else "differs from one rank"
+            raise CheckFailed(f"objective {objective.name}: {count}\n" + "\n".join(wrong))
+    return len(chosen)
+
+
+def compare_layout(
+    subject: ObjectiveSubject, layout: RankLayout, dtype: torch.dtype = torch.float64, schedules: Sequence[int] = (1, 2)
+) -> list[str]:
+    """What differs from one rank, a line each; best empty."""
+    prepared = subject.prepared(
+        global_batch=layout.global_batch, cell=layout.cell, dtype=str(dtype).removeprefix("torch.")
+    )
+
+    def rank(parallel: ParallelContext) -> Gradients:
+        return loss_and_gradients(prepared, parallel, micro_batch=layout.micro_batch)
+
+    first: list[Gradients] | None = None
+    for seed in schedules:
+        found = run_simulated(
+            rank,
+            tp=layout.tp,
+            dp=layout.dp,
+            sp=layout.sp,
+            device=subject.device,
+            schedule="random",
+            seed=subject.seed + seed,
+        )
+        if first is None:
+            first = found
+        elif name := _unequal(first, found):
+            return [f"{name}: other bits when ranks run in another order"]
+    assert first is not None
+    serial = single_rank(subject.device)
+    expected = subject.once(("serial step", id(prepared)), lambda: loss_and_gradients(prepared, serial))
+    problems = loss_first(differences(first[0], expected, rtol=RTOL[dtype]))
+    for number, gradients in enumerate(first[1:], start=1):
+        if not problems and (name := _unequal([first[0]], [gradients])):
+            problems = [f"{name}: rank {number} has other bits than rank 0"]
+    return problems
+
+
+def _unequal(a: list[Gradients], b: list[Gradients]) -> str | None:
+    for mine, other in zip(a, b, strict=True):
+        for name, tensor in mine.items():
+            if name not in other or not torch.equal(tensor, other[name]):
+                return name
+    return None
+
+
+def layouts_agree(subject: ObjectiveSubject) -> str:
+    """Loss and every gradient equal one rank's under every layout, whatever the order in which ranks run."""
+    make = full_layouts if subject.full else quick_layouts
+    layouts = make(subject.seed, subject.sequence_length)
+    count = assert_layout_parity(subject, layouts)
+    ranks = max(layout.ranks for layout in layouts)
+    return f"{count} layouts of up to {ranks} ranks, two schedules each, float64, rtol {RTOL[torch.float64]:g}"
+
+
+def ranks_say_the_same(subject: ObjectiveSubject) -> str:
+    """Every rank issues the same operations in the same order, also where its rows have nothing to score."""
+    covered = 0
+    for tp, dp, sp in ((2, 2, subject.sequence_length % 2 == 0), (1, 3, False)):
+        micro_batch = 2
+        prepared = subject.prepared(global_batch=micro_batch * dp, cell=micro_batch * dp)
+        examples, starts = subject.examples(micro_batch * dp), range(0, micro_batch * dp, micro_batch)
+        rows = [subject.rows(examples[first : first + micro_batch], first) for first in starts]
+        cases = [rows]
+        if (starved := without_labels(subject, rows[-1])) is not None:
+            cases.append([*rows[:-1], starved])
+        for mine in cases:
+            world = SimulatedWorld(tp=tp, dp=dp, sp=sp, device=subject.device)
+            world.run(partial(_share_of_step, prepared, mine))
+            _compare_traces(subject, world)
+            covered += 1
+    return f"{covered} worlds"
+
+
+def _share_of_step(prepared: Prepared, rows: list[Rows], parallel: ParallelContext) -> Gradients:
+    return gradients_of(prepared, parallel, [rows[parallel.dp.index]])
+
+
+def _compare_traces(subject: ObjectiveSubject, world: SimulatedWorld) -> None:
+    traces: list[list[Record]] = [[r for r in world.trace if r.rank == rank] for rank in range(world.size)]
+    for rank, trace in enumerate(traces[1:], start=1):
+        for mine, first in zip([*trace, None], [*traces[0], None], strict=False):
+            if (mine and _said(mine)) != (first and _said(first)):
+                raise CheckFailed(
+                    f"objective {subject.name}: rank {rank} goes another way than rank 0: {_spelled(mine)}, where "
+                    f"rank 0 {_spelled(first)}. Make the same calls on ctx whatever the rows hold, also where nothing "
+                    "is scored"
+                )
+
+
+def _said(record: Record) -> tuple[object, ...]:
+    """Shapes may differ: of shards that are uneven, and of what a rank's own rows score."""
+    return record.operation, record.group, record.call, record.dtype, record.phase
+
+
+def _spelled(record: Record | None) -> str:
+    if record is None:
+        return "has ended its step"
+    at = f" at {' < '.join(record.frames)}" if record.frames else ""
+    during = f" during {record.phase}" if record.phase else ""
+    return f"issues {record.operation} on {record.group}, its call {record.call} there{during}{at}"

@@ -1,0 +1,183 @@
+"""An objective under examination: a corpus, and tiny runs that train it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megalm.data.store import TOKENIZER_FOLDER, TokenStore
+from megalm.data.tokenizer import load_tokenizer
+from megalm.plugin.contract.objective import Needs, ObjectiveEnv
+from megalm.plugin.manager import PluginManager
+from megalm.testing.layouts import ROWS
+from megalm.testing.runs import load_run, make_run, make_store
+from megalm.train.feed import Rows
+from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.prepare import Prepared
+
+T = TypeVar("T")
+
+ARCHITECTURES = {"causal": "gpt2", "bidirectional": "bert"}
+SHAPE = ("model.hidden_size=32", "model.heads=16", "model.ffn_size=48", "model.init_std=0.3", "train.steps=4")
+"""Sixteen heads, so that sixteen ranks have one each; an inner size and a vocabulary that few of them divide."""
+DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1")
+NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0")
+
+
+class ObjectiveSubject:
+    """What the checks of an objective work on.
+
+    Args:
+        name: what ``train.objective`` would say; ``a+b`` for a joint objective.
+        manager: default: one with all installed plugins.
+        settings: more ``key=value`` overrides, such as ``objective.mlm.mask_prob=0.3``.
+        full: every layout of up to sixteen ranks, and more samples.
+        seed: of the model, the rows, the layouts that are drawn and the schedules.
+        tokenizer: component that needs no training, or ``component:path``.
+        text: what to train on; default: a made-up text.
+        device: where ranks compute.
+        sequence_length: tokens of a row.
+
+    Use it as a context manager or :meth:`close` it: it keeps a temporary folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        manager: PluginManager | None = None,
+        settings: Sequence[str] = (),
+        full: bool = False,
+        seed: int = 0,
+        tokenizer: str = "byte",
+        text: Path | None = None,
+        device: str = "cpu",
+        sequence_length: int = 48,
+    ) -> None:
+        self.name = name
+        self.manager = manager or PluginManager.for_launch(None)
+        self.settings = tuple(settings)
+        self.full = full
+        self.seed = seed
+        self.device = device
+        self.sequence_length = sequence_length
+        self._folder = tempfile.TemporaryDirectory(prefix="megalm-check-")
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+        self._known: dict[Hashable, Any] = {}
+        try:
+            self._store = make_store(
+                self.folder, documents=150, seed=seed, manager=self.manager, tokenizer=tokenizer, text=text
+            )
+            needs = self._needs()
+            self._architecture = ARCHITECTURES[needs.attention]
+            self.coupled = needs.coupling == "cell"
+            """The objective couples the rows of a cell."""
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ObjectiveSubject:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete the temporary folder."""
+        self._folder.cleanup()
+
+    @property
+    def folder(self) -> Path:
+        """A folder for what checks write."""
+        return Path(self._folder.name)
+
+    def _needs(self) -> Needs:
+        """What the objective asks for, which decides the run that can train it."""
+        with tempfile.TemporaryDirectory() as folder:
+            resolved = load_run(
+                Path(folder), self._store, objective=self.name, overrides=self._overrides(), manager=self.manager
+            )
+        _, tokenizer = load_tokenizer(
+            self._store / TOKENIZER_FOLDER, lambda name: self.manager.load_class("tokenizers", name)
+        )
+        return build_objective(resolved, self.manager, ObjectiveEnv(tokenizer, self.sequence_length)).needs
+
+    def _overrides(self, *more: str) -> list[str]:
+        return [
+            *SHAPE,
+            *DROPOUT,
+            f"run.seed={self.seed}",
+            f"train.sequence_length={self.sequence_length}",
+            f'launch.device="{self.device}"',
+            *more,
+            *self.settings,
+        ]
+
+    def prepared(
+        self,
+        *overrides: str,
+        global_batch: int = ROWS,
+        cell: int | None = None,
+        dtype: str = "float64",
+        folder: Path | None = None,
+    ) -> Prepared:
+        """A run of one rank with one microbatch a cell (or a step), with dropout unless overridden; made once.
+
+        ``cell``: of a coupled objective; default: the whole step.
+        """
+        cell = cell or global_batch
+        key = (*overrides, global_batch, cell, dtype, folder)
+        if key not in self._prepared:
+            rows = [f"train.global_batch={global_batch}", f"train.micro_batch={cell if self.coupled else global_batch}"]
+            if self.coupled:
+                rows += [f"train.cell={cell}", f"eval.samples={cell}"]
+            self._prepared[key] = self._run(
+                folder or Path(tempfile.mkdtemp(dir=self.folder)),
+                self._overrides(f'train.precision="{dtype}"', *rows, *overrides),
+            )
+        return self._prepared[key]
+
+    def _run(self, folder: Path, overrides: list[str]) -> Prepared:
+        """A run in ``folder`` of what is examined."""
+        return make_run(
+            folder,
+            self._store,
+            objective=self.name,
+            architecture=self._architecture,
+            overrides=overrides,
+            manager=self.manager,
+        )
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once for a key."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
+
+    @property
+    def objective(self) -> TrainingObjective:
+        """The objective of :meth:`prepared`."""
+        return self.prepared().objective
+
+    @property
+    def corpus(self) -> TokenStore:
+        """The training part."""
+        return self.prepared().train
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return self.objective.num_samples(self.corpus)
+
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """The first rows of the training part, epoch after epoch, in its own order."""
+        samples, address = self.samples, (self.seed, "train")
+        return [self.objective.build(n % samples, self.corpus, (*address, n // samples)) for n in range(count)]
+
+    def rows(self, examples: Sequence[dict[str, Any]], first_slot: int = 0) -> Rows:
+        """A microbatch of examples in consecutive slots."""
+        batch = self.objective.collate(list(examples))
+        return Rows(batch, tuple(range(first_slot, first_slot + len(examples))))

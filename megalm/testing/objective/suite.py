@@ -1,0 +1,50 @@
+"""The pytest class of an objective's checks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from megalm.testing.check import Suite
+from megalm.testing.objective.checks import CHECKS
+from megalm.testing.objective.subject import ObjectiveSubject
+
+
+class ObjectiveSuite(Suite):
+    """Prove an installed objective; subclass it and name the objective::
+
+        class TestShuffled(ObjectiveSuite):
+            objective = "shuffled"
+
+    The environment variable ``MEGALM_PROOF=full`` asks for every layout of up to sixteen ranks, ``MEGALM_SEED`` for
+    another seed.
+    """
+
+    checks = CHECKS
+    objective: ClassVar[str]
+    """What ``train.objective`` would say; ``a+b`` for a joint objective."""
+    settings: ClassVar[Sequence[str]] = ()
+    """``key=value`` overrides, such as ``objective.shuffled.window=4``."""
+    tokenizer: ClassVar[str] = "byte"
+    """A tokenizer that needs no training, or ``component:path``."""
+    text: ClassVar[Path | None] = None
+    """What to train on; default: a made-up text."""
+    device: ClassVar[str] = "cpu"
+    """Where ranks compute."""
+
+    @classmethod
+    def subject(cls) -> ObjectiveSubject:
+        torch.set_num_threads(1)  # simulated ranks share a core
+        return ObjectiveSubject(
+            cls.objective,
+            settings=cls.settings,
+            full=os.environ.get("MEGALM_PROOF") == "full",
+            seed=int(os.environ.get("MEGALM_SEED") or 0),
+            tokenizer=cls.tokenizer,
+            text=cls.text,
+            device=cls.device,
+        )
