@@ -11,8 +11,10 @@ import sys
 
 import typer
 
+from megalm.cli.check_plugin import check_plugin
 from megalm.cli.config import config
 from megalm.cli.lazy import lazy_group
+from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
 from megalm.errors import UsageError
@@ -26,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(plugins)
+app.command()(check_plugin)
+app.command()(new_plugin)
 app.command()(config)
 app.command()(plan)
 app.add_typer(

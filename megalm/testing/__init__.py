@@ -7,7 +7,23 @@ that ``import megalm.testing`` imports nothing heavy.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalm.parallel.sim import Fault, SimulatedWorld, run_simulated
+    from megalm.testing.objective.parity import assert_layout_parity
+    from megalm.testing.objective.suite import ObjectiveSuite
+    from megalm.testing.tokenizer.suite import TokenizerSuite
+
+__all__ = [
+    "Fault",
+    "HeadSuite",
+    "ObjectiveSuite",
+    "SimulatedWorld",
+    "TokenizerSuite",
+    "assert_layout_parity",
+    "run_simulated",
+]
 
 _HOME_OF = {
     "Fault": "megalm.parallel.sim",

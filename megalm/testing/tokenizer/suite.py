@@ -17,7 +17,7 @@ class TokenizerSuite(Suite):
         class TestMine(TokenizerSuite):
             tokenizer = "mine"
 
-    ``MEGALM_PROOF=full`` in the environment runs the long form.
+    The environment variable ``MEGALM_PROOF=full`` asks for the long form, ``MEGALM_SEED`` for other texts.
     """
 
     checks = CHECKS
@@ -27,10 +27,13 @@ class TokenizerSuite(Suite):
     """``key=value`` pairs for training, such as ``vocab_size=300``."""
     texts: ClassVar[Sequence[str] | None] = None
     """What to train on; default: a made-up text, as large as the settings ask for."""
-    seed: ClassVar[int] = 0
-    """Of every text that is drawn."""
 
     @classmethod
     def subject(cls) -> TokenizerSubject:
-        full = os.environ.get("MEGALM_PROOF") == "full"
-        return TokenizerSubject(cls.tokenizer, settings=cls.settings, texts=cls.texts, seed=cls.seed, full=full)
+        return TokenizerSubject(
+            cls.tokenizer,
+            settings=cls.settings,
+            texts=cls.texts,
+            full=os.environ.get("MEGALM_PROOF") == "full",
+            seed=int(os.environ.get("MEGALM_SEED") or 0),
+        )

@@ -1,0 +1,209 @@
+"""``megalm check-plugin``: what a plugin is held to, shown as it is found out.
+
+The checks are those of the suites in ``megalm.testing``, so that the command and a plugin's own tests agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json as jsonlib
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megalm.cli.options import Plugins, names
+
+if TYPE_CHECKING:
+    from megalm.cli.check_targets import Target
+    from megalm.cli.check_view import View
+    from megalm.plugin.manager import PluginManager
+    from megalm.testing.check import Result
+
+_HOMES = {
+    "objectives": ("megalm.testing.objective", "ObjectiveSubject"),
+    "tokenizers": ("megalm.testing.tokenizer", "TokenizerSubject"),
+    "heads": ("megalm.testing.head", "HeadSubject"),
+}
+_INTERRUPTED = 130
+
+
+def check_plugin(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A component (mlm, plugin:mlm, mlm+nsp), or a plugin or distribution for all that it has.",
+        ),
+    ],
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="KIND", help="objective, tokenizer or head, where NAME is several.")
+    ] = None,
+    layouts: Annotated[
+        str, typer.Option("--layouts", metavar="quick|full", help="A sample, or every layout and more cases.")
+    ] = "quick",
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Repeat what another run drew.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="For tokenizers a setting of training (vocab_size=300); for others a key of a run "
+            "(objective.mlm.mask_prob=0.3). May be repeated.",
+        ),
+    ] = None,
+    only: Plugins = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON at the end, and nothing else.")] = False,
+) -> None:
+    """Hold an installed plugin to its contract: a table, then whatever is wrong. Exits 0 if nothing is, else 1."""
+    from megalm.cli.check_targets import kind_of, targets
+    from megalm.cli.check_view import view_for
+    from megalm.errors import UsageError
+    from megalm.plugin.manager import PluginManager
+    from megalm.plugin.suggest import did_you_mean
+
+    if layouts not in ("quick", "full"):
+        raise UsageError(f"--layouts {layouts}: expected quick or full{did_you_mean(layouts, ('quick', 'full'))}")
+    kinds = kind_of(kind)
+    manager = PluginManager.for_launch(names(only))
+    chosen = targets(name, kinds, manager)
+    if sets and len(chosen) > 1:
+        raise UsageError(f'--set is for one component, and "{name}" is {len(chosen)}: {", ".join(map(str, chosen))}')
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    view = view_for(json)
+    rows: list[tuple[Target, list[Result]]] = []
+    began = time.perf_counter()
+    try:
+        with _one_thread(chosen), _own_output(json):
+            for target in chosen:
+                results: list[Result] = []
+                rows.append((target, results))
+                with view.table(f"{target}: {layouts}, seed {seed}") as table:
+                    for result in _results(target, manager, sets or [], layouts == "full", seed, table):
+                        results.append(result)
+                        table.add(result)
+                view.failures(results)
+    except KeyboardInterrupt:
+        done = sum(len(results) for _, results in rows)
+        typer.echo(f"megalm: interrupted after {done} checks (seed {seed})", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    failed = sum(result.status == "failed" for _, results in rows for result in results)
+    if json:
+        typer.echo(jsonlib.dumps(_document(rows, layouts, seed), indent=2, ensure_ascii=False))
+    else:
+        view.end([result for _, results in rows for result in results], time.perf_counter() - began, seed)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _results(
+    target: Target, manager: PluginManager, settings: Sequence[str], full: bool, seed: int, table: View.Table
+) -> Iterator[Result]:
+    """Every check's result, as it ends. ConfigError for settings that the component refuses."""
+    from megalm.errors import ConfigError
+    from megalm.testing.check import Result, run_checks
+    from megalm.testing.component_checks import component_checks
+
+    began = time.perf_counter()
+    table.running("preparing")
+    checks: tuple[Any, ...] = ()
+    subject: Any = None
+    wrong = ""
+    try:
+        package, attribute = _HOMES[target.kind]
+        checks = importlib.import_module(f"{package}.checks").CHECKS
+        make = getattr(importlib.import_module(f"{package}.subject"), attribute)
+        subject = make(target.name, manager=manager, settings=tuple(settings), full=full, seed=seed)
+    except ConfigError as error:
+        if settings:
+            raise
+        wrong = str(error)
+    except Exception as error:
+        from megalm.errors import MegalmError
+
+        wrong = str(error) if isinstance(error, MegalmError) else traceback.format_exc().rstrip()
+    prepared = time.perf_counter() - began
+    shared = component_checks(target.kind)
+    plain = SimpleNamespace(manager=manager, name=target.name)
+    try:
+        for check in shared:
+            table.running(check.name)
+            yield from run_checks([check], plain)
+        if subject is None:
+            text = f"{wrong}\nso the other checks could not be run"
+            yield Result("preparation", "It can be set up as the checks need it", "failed", text, prepared)
+            return
+        already = {check.name for check in shared}
+        for check in checks:
+            if check.name not in already:
+                table.running(check.name)
+                yield from run_checks([check], subject)
+    finally:
+        if subject is not None:
+            subject.close()
+
+
+@contextlib.contextmanager
+def _one_thread(chosen: Sequence[Target]) -> Iterator[None]:
+    """One thread for torch, where it is used: simulated ranks share a core, and two threads are slower than one."""
+    if all(target.kind == "tokenizers" for target in chosen):
+        yield
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _own_output(json: bool) -> Iterator[None]:
+    """What plugins print goes to standard error where standard output is for JSON."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        yield
+
+
+def _document(rows: Sequence[tuple[Target, Sequence[Result]]], layouts: str, seed: int) -> dict[str, Any]:
+    from megalm.plugin.registry import singular
+
+    return {
+        "passed": not any(result.status == "failed" for _, results in rows for result in results),
+        "seed": seed,
+        "layouts": layouts,
+        "components": [
+            {
+                "kind": singular(target.kind),
+                "name": target.name,
+                "plugins": [
+                    {"name": c.plugin.name, "dist": c.plugin.dist, "version": c.plugin.version}
+                    for c in target.components
+                    if c.plugin is not None
+                ],
+                "checks": [
+                    {
+                        "name": result.name,
+                        "proves": result.proves,
+                        "status": result.status,
+                        "detail": result.detail,
+                        "seconds": round(result.seconds, 3),
+                    }
+                    for result in results
+                ],
+            }
+            for target, results in rows
+        ],
+    }
