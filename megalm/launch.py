@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from megalm.parallel.bootstrap import Place, Rendezvous
-    from megalm.parallel.flight import FlightRecord
+    from megalm.parallel.mesh import ParallelContext
     from megalm.train.prepare import Prepared
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -154,9 +154,8 @@ def _leave_together(rendezvous: Rendezvous, status: int) -> NoReturn:
 def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
     import torch
 
-    from megalm.parallel.bootstrap import stop_process_group
-    from megalm.parallel.flight import CollectiveError, FlightRecord
-    from megalm.parallel.watchdog import Watchdog
+    from megalm.parallel.phase import phase
+    from megalm.train.trainer import Trainer
 
     config, place = prepared.resolved.config, rendezvous.place
     device = _device(config.launch.device, place)
@@ -164,12 +163,52 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
         torch.cuda.set_device(device)
     threads = config.launch.threads
     torch.set_num_threads(_threads(place) if threads == "auto" else threads)
-    flight = FlightRecord()
-    watchdog = Watchdog(flight, place.rank, place.world_size, rendezvous.board, config.launch.collective_timeout)
-    if rendezvous.store is not None:
-        watchdog.start()
+    layout = config.parallel
+
+    def train(parallel: ParallelContext) -> None:
+        with phase("build the model"):
+            trainer = Trainer(prepared, parallel)
+        trainer.run()
+
+    timeout = config.launch.collective_timeout
+    return run_rank(train, rendezvous, device, tp=layout.tp, dp=layout.dp, sp=layout.sp, timeout=timeout)
+
+
+def run_rank(
+    program: Callable[[ParallelContext], None],
+    rendezvous: Rendezvous,
+    device: torch.device,
+    *,
+    tp: int,
+    dp: int | None,
+    sp: bool,
+    timeout: float,
+) -> int:
+    """Run a program between the start and the end of process groups, under a watchdog; its exit status.
+
+    What goes wrong is told once, whichever ranks it happens on, and ends the process: it returns 0 or not at all.
+    """
+    from megalm.parallel.bootstrap import start_process_group, stop_process_group
+    from megalm.parallel.flight import CollectiveError, FlightRecord
+    from megalm.parallel.mesh import make_mesh, single_rank
+    from megalm.parallel.watchdog import BACKEND_MARGIN, Watchdog
+
+    place, flight = rendezvous.place, FlightRecord()
+    watchdog = Watchdog(flight, place.rank, place.world_size, rendezvous.board, timeout)
+    contexts: list[ParallelContext] = []
+
+    def start() -> None:
+        start_process_group(rendezvous, device, timeout + BACKEND_MARGIN)
+        contexts.append(make_mesh(device, tp=tp, dp=dp, sp=sp, timeout=timeout + BACKEND_MARGIN, flight=flight))
+
     try:
-        _run(prepared, rendezvous, device, flight)
+        if rendezvous.store is None:
+            program(single_rank(device))
+            return 0
+        watchdog.start()
+        # A rank that is lost before it joins keeps the others waiting as well.
+        flight.fly(flight.line("launch", tuple(range(place.world_size))), "start_process_groups", (), start)
+        program(contexts[0])
     except UsageError as error:
         watchdog.leave(f"has failed: {_text(error)}", excuse=True)
         if rendezvous.first("failed"):
@@ -190,35 +229,9 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
             text = "interrupted; the same command goes on from the newest checkpoint"
             print(f"megalm: {text}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
-    if rendezvous.store is not None:
-        watchdog.stop()
+    watchdog.stop()
     stop_process_group()
     return 0
-
-
-def _run(prepared: Prepared, rendezvous: Rendezvous, device: torch.device, flight: FlightRecord) -> None:
-    from megalm.parallel.bootstrap import start_process_group
-    from megalm.parallel.mesh import make_mesh, single_rank
-    from megalm.parallel.phase import phase
-    from megalm.parallel.watchdog import BACKEND_MARGIN
-    from megalm.train.trainer import Trainer
-
-    config, parallel = prepared.resolved.config, single_rank(device)
-    timeout = config.launch.collective_timeout + BACKEND_MARGIN
-
-    def start() -> None:
-        nonlocal parallel
-        start_process_group(rendezvous, device, timeout)
-        layout = config.parallel
-        parallel = make_mesh(device, tp=layout.tp, dp=layout.dp, sp=layout.sp, timeout=timeout, flight=flight)
-
-    if rendezvous.store is not None:
-        # A rank that is lost now would keep the others waiting as well.
-        everyone = flight.line("launch", tuple(range(rendezvous.place.world_size)))
-        flight.fly(everyone, "start_process_groups", (), start)
-    with phase("build the model"):
-        trainer = Trainer(prepared, parallel)
-    trainer.run()
 
 
 def _device(wanted: str, place: Place) -> torch.device:

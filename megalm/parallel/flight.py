@@ -130,6 +130,12 @@ class FlightRecord:
         with self._lock:
             self._over(flown)
 
+    def fail(self, error: str) -> None:
+        """Something failed that is not known to belong to an operation: the oldest that is not over."""
+        with self._lock:
+            for flown in list(self._open)[:1]:
+                flown.error = flown.error or error
+
     def sweep(self) -> None:
         """Find out which queued operations are over."""
         with self._lock:

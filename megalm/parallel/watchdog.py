@@ -18,11 +18,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from megalm.parallel.board import BoardGone, within
 from megalm.parallel.flight import FlightRecord
 from megalm.parallel.hang import Status, hang_report
+from megalm.parallel.terminate import TerminateHandler
 
 FAILURE = 1
 """Exit status after a report."""
@@ -60,8 +61,8 @@ class Watchdog:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = threading.Event()
-        self._failed = False
-        self._first = True
+        self._failure: Literal["first", "later", "terminated"] | None = None
+        self._terminate = TerminateHandler(self._terminated)
         self._thread = threading.Thread(target=self._guarded, name="megalm watchdog", daemon=True)
 
     def start(self) -> None:
@@ -70,16 +71,18 @@ class Watchdog:
             self._board = self._connect()
             self._board.post(f"place/{self._rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._thread.start()
+        self._terminate.install()
 
     def stop(self) -> None:
         """The rank has done its part; what others still wait for from it will not come."""
-        self._stopping.set()
-        self._wake.set()
-        self._thread.join()
         self.leave("has ended")
+        self._thread.join()
 
     def leave(self, why: str, excuse: bool = False) -> None:
-        """Say why this rank will not answer. ``excuse``: it has told the user, so others may go without a report."""
+        """Stop watching; why this rank will answer no more. ``excuse``: it tells the user, so others need not."""
+        self._terminate.remove()
+        self._stopping.set()
+        self._wake.set()
         with contextlib.suppress(BoardGone):
             if self._board is not None:
                 self._board.post(f"answer/{self._rank}", {**self._flight.told(), "gone": why})
@@ -88,11 +91,16 @@ class Watchdog:
 
     def collective_failed(self, first: bool) -> NoReturn:
         """Report that a collective raised an error on this rank, and end the process. ``first``: none failed before."""
-        self._first = first
-        self._failed = True
+        self._failure = "first" if first else "later"
         self._wake.set()
         self._thread.join()
         os._exit(FAILURE)
+
+    def _terminated(self) -> None:
+        self._flight.fail("a thread of the process group itself failed, as it does where messages differ in size")
+        self._failure = self._failure or "terminated"
+        self._wake.set()
+        self._thread.join()
 
     def _guarded(self) -> None:
         try:
@@ -115,8 +123,8 @@ class Watchdog:
                 return
             if alarm := self._alarm():
                 self._report(alarm)
-            elif self._failed:
-                self._report(self._raise_failure())
+            elif self._failure is not None:
+                self._report(self._raise_failure(self._failure))
             elif oldest is not None and now - max(oldest, since) > self._timeout:
                 limit = f"{self._timeout:g} s (launch.collective_timeout)"
                 self._report(self._raise(f"megalm: a collective has not completed within {limit}"))
@@ -129,12 +137,14 @@ class Watchdog:
             self._board = None
             return None
 
-    def _raise_failure(self) -> str:
+    def _raise_failure(self, failure: str) -> str:
         """The head of the report of a failed collective. Ends the process where another's failure explains it."""
-        if not self._first:
+        if failure == "terminated" and self._excused():
+            _end()
+        if failure == "later":
             # Who was first raises an alarm, or has left with an excuse.
             until = time.monotonic() + _ANSWERING
-            while time.monotonic() < until and not self._excused():
+            while time.monotonic() < until and self._board is not None and not self._excused():
                 if alarm := self._alarm():
                     return alarm
                 time.sleep(_TICK)
@@ -143,9 +153,9 @@ class Watchdog:
 
     def _excused(self) -> bool:
         try:
-            return self._board is None or self._board.read("excuse") is not None
+            return self._board is not None and self._board.read("excuse") is not None
         except BoardGone:
-            return True
+            return False
 
     def _raise(self, head: str) -> str:
         """Raise the alarm, unless another rank has; what the report begins with."""

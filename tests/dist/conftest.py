@@ -3,7 +3,8 @@
 torchrun costs ten seconds a launch, nearly all of it importing torch anew. Forked ranks find the same environment
 variables and the same key-value store as torchrun's (the test process holds it, as torchrun's agent would), run the
 same ``main`` on real gloo, and need a fraction of a second. Nobody ends them when one of them fails: they must do so
-alone.
+alone. A function of a ParallelContext may take the place of the command line: it runs as the training would, under the
+same watchdog.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from megalm.parallel.mesh import ParallelContext
 from megalm.plugin.manager import PluginManager
 from megalm.testing.runs import make_store
 
@@ -125,6 +127,7 @@ class Forked:
 
 
 Fork = Callable[..., Forked]
+Program = Callable[[ParallelContext], None]
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +138,11 @@ def key_value_store() -> dist.TCPStore:
 
 @pytest.fixture
 def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStore) -> Iterator[Fork]:
-    """``fork(argv, ranks=2, cwd=folder)`` starts ranks of megalm.launch; all are gone when the test ends."""
+    """``fork(argv, ranks=2, cwd=folder)`` starts ranks of megalm.launch; all are gone when the test ends.
+
+    ``fork(program, ranks=2, cwd=folder, tp=2, timeout=3, env={})`` starts ranks that run ``program(parallel)`` as the
+    launch runs a training.
+    """
     # What a first optimizer step and a first launch import, so that the ranks find it there.
     import torch._dynamo  # noqa: F401
 
@@ -144,7 +151,15 @@ def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStor
 
     started: list[Forked] = []
 
-    def start(argv: Sequence[str], *, ranks: int = 2, cwd: Path) -> Forked:
+    def start(
+        what: Sequence[object] | Program,
+        *,
+        ranks: int = 2,
+        cwd: Path,
+        tp: int = 1,
+        timeout: float = 60.0,
+        env: Mapping[str, str] | None = None,
+    ) -> Forked:
         folder = tmp_path_factory.mktemp("ranks")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -152,7 +167,8 @@ def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStor
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                _run_rank([str(a) for a in argv], rank, ranks, key_value_store.port, cwd, folder)
+                body = _launch([str(a) for a in what]) if isinstance(what, Sequence) else _alone(what, tp, timeout)
+                _run_rank(body, rank, ranks, key_value_store.port, cwd, folder, env or {})
             pids.append(pid)
         launch = Forked(folder, pids)
         started.append(launch)
@@ -166,7 +182,31 @@ def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStor
             time.sleep(0.005)
 
 
-def _run_rank(argv: list[str], rank: int, ranks: int, port: int, cwd: Path, folder: Path) -> None:
+def _launch(argv: list[str]) -> Callable[[], int]:
+    def body() -> int:
+        from megalm.launch import main
+
+        return main(argv)
+
+    return body
+
+
+def _alone(program: Program, tp: int, timeout: float) -> Callable[[], int]:
+    def body() -> int:
+        import torch
+
+        from megalm.launch import run_rank
+        from megalm.parallel.bootstrap import Place, Rendezvous
+
+        rendezvous = Rendezvous(Place.from_environment())
+        return run_rank(program, rendezvous, torch.device("cpu"), tp=tp, dp=None, sp=False, timeout=timeout)
+
+    return body
+
+
+def _run_rank(
+    body: Callable[[], int], rank: int, ranks: int, port: int, cwd: Path, folder: Path, env: Mapping[str, str]
+) -> None:
     """The life of a forked rank."""
     code = 99
     gc.freeze()  # what the parent left is not this process's to clear up
@@ -186,12 +226,11 @@ def _run_rank(argv: list[str], rank: int, ranks: int, port: int, cwd: Path, fold
             TORCHELASTIC_USE_AGENT_STORE="True",
             TORCHELASTIC_RESTART_COUNT=folder.name,  # keeps the launches' keys apart
         )
+        os.environ.update(env)
         faulthandler.enable(sys.stderr)
         faulthandler.register(signal.SIGUSR1, sys.stderr)
         os.chdir(cwd)
-        from megalm.launch import main
-
-        code = main(argv)
+        code = body()
     except BaseException:
         traceback.print_exc()
     finally:
