@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from megalm.config.pairs import settings_from_pairs
 from megalm.config.settings import Settings
-from megalm.config.source import Source
-from megalm.config.validate import validate
 from megalm.data.folder import new_folder
 from megalm.data.readers import Documents, check_input, read_documents
 from megalm.data.readers import Source as Input
 from megalm.data.tokenizer import DESCRIPTOR, save_tokenizer
-from megalm.errors import ConfigError
 from megalm.plugin.contract.tokenizer import Tokenizer
 
 
@@ -60,13 +58,7 @@ def training_settings(model: type[Settings], component: str, owner: str, pairs: 
     ``component`` is the tokenizer's name, ``owner`` who answers for ``model`` (``plugin tokenizers (megalm 1.0)``).
     Raises ConfigError with all that is wrong, each key in full (``tokenizer.hf.vocab_size``).
     """
-    source = Source("--set", {})
-    problems = source.apply(pairs)
-    cfg, wrong = validate(model, source.data, prefix=("tokenizer", component), owner=owner)
-    problems += [problem.line(source.place(problem.path[2:])) for problem in wrong]
-    if problems or cfg is None:
-        raise ConfigError(problems)
-    return cfg
+    return settings_from_pairs(model, ("tokenizer", component), owner, pairs)
 
 
 def is_tokenizer(folder: Path) -> bool:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from megalm.config.keys import dotted
 from megalm.config.load import SECTIONS, load_config
+from megalm.config.pairs import settings_from_pairs
 from megalm.config.settings import Settings
 from megalm.config.toml import dumps, write_value
 from megalm.config.words import fields_by_key
-from megalm.data.learn import training_settings
 from megalm.errors import ConfigError, PluginError
 from megalm.plugin.component import Component, PluginInfo
 from megalm.plugin.hookspecs import API_VERSION
@@ -197,7 +197,7 @@ def _bad_configuration(manager: PluginManager, kind: str, name: str) -> str:
     for bad in bad_settings(model):
         count += 1
         key = dotted((*prefix, *bad.path))
-        said = _refusals(manager, component, model, section, name, bad)
+        said = _refusals(manager, component, model, prefix, section is not None, bad)
         about = [line for line in said if f"{key}: " in line]
         if not about:
             problems.append(f"{key} = {bad.shown} is accepted, but {bad.why}{_but_said(said)}")
@@ -215,12 +215,19 @@ def _but_said(said: list[str]) -> str:
 
 
 def _refusals(
-    manager: PluginManager, component: Component, model: type[Settings], section: str | None, name: str, bad: BadSetting
+    manager: PluginManager,
+    component: Component,
+    model: type[Settings],
+    prefix: tuple[str, str],
+    in_files: bool,
+    bad: BadSetting,
 ) -> list[str]:
-    """What is said of a configuration with one bad setting, by whoever validates settings of this kind."""
+    """What is said of a configuration with one bad setting, by whoever validates settings of this kind. ``in_files``:
+    run configurations have sections for it."""
+    section, name = prefix
     try:
-        if section is None:
-            training_settings(model, name, f"plugin {_plugin_of(component)}", [_pair(bad)])
+        if not in_files:
+            settings_from_pairs(model, prefix, f"plugin {_plugin_of(component)}", [_pair(bad)])
         else:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "run.toml"

@@ -110,7 +110,8 @@ class Head(ABC):
             sizes = [length if dim == "seq" else int(n) for dim, n in zip(spec.dims[1:], longest, strict=True)]
             whole = np.full((len(rows), *sizes), padding.get(name, 0), dtype=spec.dtype)
             for number, row in enumerate(rows):
-                whole[(number, *(slice(n) for n in row.shape))] = row
+                filled: tuple[int | slice, ...] = (number, *(slice(n) for n in row.shape))
+                whole[filled] = row
             batch[name] = whole
         return batch
 

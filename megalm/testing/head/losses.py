@@ -1,0 +1,175 @@
+"""The loss: scores what it counts, and depends on nothing but rows and addresses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalm.nn.microbatch import make_microbatch
+from megalm.parallel import rng
+from megalm.parallel.mesh import single_rank
+from megalm.plugin.contract.objective import Term
+from megalm.testing.check import CheckFailed, NotApplicable
+from megalm.testing.head.module import serial_model
+from megalm.testing.head.predictions import difference, predictions_of
+from megalm.testing.head.subject import HeadSubject
+from megalm.testing.objective.subject import NO_DROPOUT
+from megalm.testing.parity import LOSS, NORM, differences, gradients_of
+from megalm.train.feed import Rows
+from megalm.train.head import predict
+from megalm.train.prepare import Prepared
+
+RTOL = 1e-10
+ROWS = 8
+EXTRA = 7
+"""Columns of padding that are added: not a multiple of anything."""
+
+
+def counts_are_what_is_scored(subject: HeadSubject) -> str:
+    """counts() names the rows, or the positions, whose loss enters each term; rows without labels are none."""
+    bare = subject.bare
+    mixed = [bare[n] if n % 3 == 2 else record for n, record in enumerate(subject.records[:12])]
+    kinds: dict[str, set[str]] = {}
+    for records in (subject.records[:12], mixed, mixed[1:6], *([record] for record in mixed[:6])):
+        rows = subject.encoded(records)
+        declared = subject.objective.counts(rows.batch)
+        for name, items in _scored(subject, rows).items():
+            count = declared.get(name, 0)
+            fits = {kind for kind, n in items.items() if n == count}
+            kinds[name] = kinds.get(name, fits) & fits
+            if not kinds[name]:
+                told = " or ".join(f"{n} {kind}" for kind, n in items.items())
+                raise CheckFailed(
+                    f"head {subject.name}: counts() says that the term {name!r} scores {count} items of {len(records)} "
+                    f"records, but the loss of {told} enters it"
+                )
+    return ", ".join(f"{name}: {' or '.join(sorted(found))}" for name, found in kinds.items())
+
+
+def _scored(subject: HeadSubject, rows: Rows) -> dict[str, dict[str, int]]:
+    """For each term, the rows and the hidden vectors on which its value depends."""
+    model = subject.once("serial model", lambda: serial_model(subject))
+    tensors = rows.tensors(model.parallel.device)
+    batch = make_microbatch(tensors, model.parallel)
+    with torch.no_grad():
+        hidden = model(batch)
+    hidden = hidden.detach().requires_grad_()
+    terms: Mapping[str, Term] = subject.objective.loss(hidden, tensors, model.context(batch))
+    found = {name: {"rows": 0, "positions": 0} for name in subject.objective.weights}
+    for name, term in terms.items():
+        if not term.sum.requires_grad:
+            continue
+        (gradient,) = torch.autograd.grad(term.sum, [hidden], retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            used = gradient.view(batch.rows, batch.length, -1).any(dim=-1)
+            found[name] = {"rows": int(used.any(dim=1).sum()), "positions": int(used.sum())}
+    return found
+
+
+def unlabelled_rows_are_nothing(subject: HeadSubject) -> str:
+    """A microbatch of records without labels counts nothing and changes nothing."""
+    if not any(field.label for field in subject.head.fields().values()):
+        raise NotApplicable("no field is a label")
+    prepared = subject.prepared()
+    whole = subject.encoded(subject.records[:ROWS])
+    bare = subject.encoded(subject.bare[ROWS : 2 * ROWS], ROWS)
+    if any(counts := subject.objective.counts(bare.batch).values()):
+        raise CheckFailed(f"head {subject.name}: counts() of records without labels is {list(counts)}; expected 0")
+    alone = _compute(subject, prepared, [bare])
+    if bad := next((name for name, tensor in alone.items() if not tensor.eq(0).all()), None):
+        raise CheckFailed(
+            f"head {subject.name}: a step without labels gives {bad} a value other than zero "
+            f"({alone[bad].abs().max():.3g}): a division by the number of items, or a term of something else?"
+        )
+    expected = _compute(subject, prepared, [whole])
+    for place, order in (("before", [bare, whole]), ("after", [whole, bare])):
+        found = _compute(subject, prepared, order)
+        _compare(subject, f"a microbatch without labels {place} the others changes", found, expected)
+    return f"{ROWS} records without labels, alone and with others"
+
+
+def padding_is_nothing(subject: HeadSubject) -> str:
+    """More padding, and other tokens where there is padding, change neither loss, gradients nor predictions."""
+    if "attention_mask" not in subject.objective.needs.tensors:
+        raise CheckFailed(
+            f"head {subject.name}: rows have padding; declare the tensor 'attention_mask' (bool) in needs()"
+        )
+    # Attention dropout numbers its draws by the row's length.
+    prepared = subject.prepared(*NO_DROPOUT, f"model.max_positions={subject.sequence_length + EXTRA}")
+    examples = subject.examples(ROWS)
+    plain = subject.rows(examples)
+    length = subject.sequence_length + EXTRA
+    longer = Rows(subject.head.collate(examples, length), plain.slots)
+    if (width := longer.batch["tokens"].shape[1]) != length:
+        raise CheckFailed(f"head {subject.name}: collate() was asked for {length} positions and gave {width}")
+    other = Rows(_other_padding(subject, longer.batch), plain.slots)
+    expected, model = _compute(subject, prepared, [plain]), serial_model(subject, prepared)
+    predicted = predictions_of(subject, model, plain)
+    for what, rows in (
+        (f"{EXTRA} more columns of padding change", longer),
+        ("other tokens in the padding change", other),
+    ):
+        if (before := subject.objective.counts(plain.batch)) != (after := subject.objective.counts(rows.batch)):
+            raise CheckFailed(f"head {subject.name}: {what} the counts from {before} to {after}")
+        _compare(subject, what, _compute(subject, prepared, [rows]), expected)
+        if text := difference(predictions_of(subject, model, rows), predicted):
+            raise CheckFailed(f"head {subject.name}: {what} predictions: {text}")
+    return f"{EXTRA} more columns, and other tokens in them"
+
+
+def _other_padding(subject: HeadSubject, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    draw = rng.generator("padding", subject.seed)
+    tokens = draw.integers(subject.prepared().tokenizer.vocab_size, size=batch["tokens"].shape)
+    return {**batch, "tokens": np.where(batch["attention_mask"], batch["tokens"], tokens)}
+
+
+def streams_are_not_read(subject: HeadSubject) -> str:
+    """Loss, gradients and predictions are the same bits wherever the global random generators stand, and repeatedly."""
+    prepared, rows = subject.prepared(), subject.rows(subject.examples(ROWS))
+    seen: list[tuple[dict[str, torch.Tensor], list[Any]]] = []
+    with _generators_kept():
+        for seed in (1, 2):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            gradients = _compute(subject, prepared, [rows])
+            found = predict(serial_model(subject), subject.name, subject.head, subject.records[:ROWS], micro_batch=ROWS)
+            seen.append((gradients, found))
+    (a, predicted), (b, again) = seen
+    if changed := next((name for name in a if not torch.equal(a[name], b[name])), None):
+        raise CheckFailed(
+            f"head {subject.name}: {changed} of one step differs from one time to the next. Dropout is ctx.dropout, "
+            "whose mask has an address; draw from no generator of torch's or numpy's, and keep no state between steps"
+        )
+    if predicted != again:
+        raise CheckFailed(f"head {subject.name}: predictions differ from one time to the next")
+    return "a step and predictions, twice"
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def _compute(subject: HeadSubject, prepared: Prepared, microbatches: list[Rows]) -> dict[str, torch.Tensor]:
+    return gradients_of(prepared, single_rank(subject.device), microbatches)
+
+
+def _compare(
+    subject: HeadSubject, what: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    if wrong := differences(found, expected, rtol=RTOL):
+        where = "the loss" if any(line.startswith((LOSS, NORM)) for line in wrong) else "gradients, but not the loss"
+        lines = "\n".join(f"  {line}" for line in wrong[:6])
+        raise CheckFailed(f"head {subject.name}: {what} {where} ({len(wrong)} tensors):\n{lines}")
