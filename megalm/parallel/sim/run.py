@@ -35,6 +35,8 @@ class SimulatedWorld:
     ``schedule``: who runs next where a rank waits, by number or drawn from ``seed``. ``p2p``: a send ends when it is
     received, or at once ("eager", which hides deadlocks). ``faults``: what goes wrong on purpose. ``timeout``: wall
     time of a run, in seconds.
+
+    Every run starts a world anew. The trace is that of the last run or, in a ``with`` block, of all runs of the block.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class SimulatedWorld:
     ) -> None:
         self.size = tp * dp
         self.trace: list[Record] = []
-        """Every operation of the last run, in the order of issue; without those that made the mesh."""
+        """Every operation, in the order of issue; without those that made the mesh."""
+        self._collects = False
         self._tp, self._sp = tp, sp
         self._device = torch.device(device)
         self._schedule, self._seed, self._p2p = schedule, seed, p2p
@@ -62,8 +65,15 @@ class SimulatedWorld:
             if value not in known[name]:
                 raise SimulationError(f"{name} {value!r} is not known; there are {', '.join(known[name])}")
 
+    def __enter__(self) -> SimulatedWorld:
+        self.trace, self._collects = [], True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._collects = False
+
     def comm_volume(self, by: Sequence[str] = ("rank", "group", "operation")) -> dict[tuple[Any, ...], Volume]:
-        """Bytes of the last run, summed by fields of :class:`Record`."""
+        """Bytes of :attr:`trace`, summed by fields of :class:`Record`."""
         return comm_volume(self.trace, by)
 
     def run(self, function: Callable[[ParallelContext], T]) -> list[T]:
@@ -84,7 +94,10 @@ class SimulatedWorld:
             stalled=lambda: DeadlockError(deadlock_report(scheduler, fabric)),
         )
         fabric = Fabric(scheduler, self._device, self._p2p, self._faults)
-        self.trace = fabric.trace
+        if self._collects:
+            fabric.trace = self.trace
+        else:
+            self.trace = fabric.trace
         results: dict[int, T] = {}
 
         def make_group(name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalm.parallel.mesh import ParallelContext, single_rank
-from megalm.parallel.sim import run_simulated
+from megalm.parallel.sim import SimulatedWorld, run_simulated
 from megalm.testing.parity import assert_parity, loss_and_gradients
 from megalm.train.prepare import Prepared
 
@@ -105,3 +105,15 @@ def test_sixty_four_ranks(prepared_run: PreparedRun, full: bool) -> None:
     assert time.process_time() - started < 20
     for rank in (0, 63):
         assert_parity(found[rank], serial, rtol=RTOL)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(dp=2)], ids=str)
+def test_groups_of_one_may_communicate_too(
+    prepared: Prepared, serial: dict[str, torch.Tensor], layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One GPU exercises NCCL with short-circuits off; the same code path, here."""
+    monkeypatch.setenv("MEGALM_NO_SHORT_CIRCUIT", "1")
+    world = SimulatedWorld(tp=layout.tp, dp=layout.dp, sp=layout.sp)
+    found = world.run(lambda parallel: loss_and_gradients(prepared, parallel, micro_batch=layout.micro_batch))
+    assert_parity(found[0], serial, rtol=RTOL, label=str(layout))
+    assert {record.group for record in world.trace} >= {"tp", "dp"}

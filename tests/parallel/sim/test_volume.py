@@ -209,3 +209,18 @@ def test_ranks_of_one_program_say_the_same(prepared_run: PreparedRun) -> None:
     said = [[record.said for record in world.trace if record.rank == rank] for rank in range(2)]
     assert said[0] == said[1]
     assert len(said[0]) > 20
+
+
+def test_a_block_of_runs_has_one_trace() -> None:
+    world = SimulatedWorld(dp=2)
+
+    def say(parallel: ParallelContext) -> None:
+        parallel.dp.all_reduce(torch.ones(3))
+
+    with world:
+        world.run(say)
+        world.run(say)
+        assert len(world.trace) == 4
+    assert world.comm_volume(by=("rank",)) == {(0,): Volume(2, 24, 24.0), (1,): Volume(2, 24, 24.0)}
+    world.run(say)
+    assert len(world.trace) == 2
