@@ -1,23 +1,22 @@
 """Every layout gives the loss and gradients of one rank: real gloo processes, float64, dropout on.
 
-Layouts are the named ones and some drawn from a printed seed. Each of the classic mistakes is then made on purpose, and
-must be seen by the comparison.
+Layouts are the named ones and some drawn from a printed seed. That the comparison sees the classic mistakes is shown in
+tests/testing/test_gallery.py.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from megalm.nn.microbatch import Microbatch
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.plugin.manager import PluginManager
-from megalm.testing.parity import assert_parity, differences, loss_and_gradients
+from megalm.testing.parity import assert_parity, loss_and_gradients
 from megalm.testing.processes import run_processes
 from megalm.testing.runs import make_run, make_store
 from megalm.train.feed import TrainFeed
@@ -115,93 +114,6 @@ def test_drawn_layouts(prepared: Prepared, serial: dict[str, torch.Tensor], camp
     for layout in drawn_layouts(campaign_seed, 12 if full else 2):
         for found in on_layout(prepared, layout):
             assert_parity(found, serial, rtol=RTOL, label=f"{layout} (seed {campaign_seed})")
-
-
-class TestBrokenEngines:
-    """Mistakes that engines make. Each must be seen in a layout that has it, and only there."""
-
-    @pytest.fixture
-    def joint(self, tmp_path: Path, data: Path, manager: PluginManager) -> Prepared:
-        objective, architecture, overrides = MODELS["bert"]
-        return make_run(
-            tmp_path, data, objective=objective, architecture=architecture, overrides=overrides, manager=manager
-        )
-
-    def broken(self, prepared: Prepared, layout: Layout) -> list[str]:
-        serial = loss_and_gradients(prepared, single_rank())
-        return differences(on_layout(prepared, layout)[0], serial, rtol=RTOL)
-
-    def test_norm_gradients_not_summed(self, joint: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ParallelContext, "token_partial", property(lambda self: ()))
-        found = self.broken(joint, Layout(tp=2, sp=True))
-        assert any("attention_norm.weight" in line for line in found)
-        assert not any(line.startswith("loss") for line in found), "the loss alone does not show it"
-        assert not self.broken(joint, Layout(tp=2))
-
-    def test_mean_instead_of_sum(self, joint: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-        import megalm.train.step as step
-
-        summed = step.sum_counts
-
-        def per_microbatch(objective, microbatches, parallel):  # type: ignore[no-untyped-def]
-            counts = objective.counts(microbatches[0].batch)
-            return {name: max(1, n * len(microbatches) * parallel.dp.size) for name, n in counts.items()}
-
-        monkeypatch.setattr(step, "sum_counts", per_microbatch)
-        serial = loss_and_gradients(joint, single_rank())
-        monkeypatch.setattr(step, "sum_counts", summed)
-        assert not differences(loss_and_gradients(joint, single_rank()), serial, rtol=RTOL), "one microbatch hides it"
-        monkeypatch.setattr(step, "sum_counts", per_microbatch)
-        found = differences(on_layout(joint, Layout(dp=2, micro_batch=2))[0], serial, rtol=RTOL)
-        assert any("embedding.tokens.weight" in line for line in found)
-
-    def test_shift_inside_the_loss(
-        self, tmp_path: Path, data: Path, manager: PluginManager, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The label of a shard's last token lies on the next rank."""
-        prepared = make_run(tmp_path, data, overrides=DROPOUT, manager=manager)
-        (objective,) = prepared.objective.parts.values()
-
-        def shifted(self, hidden, batch, ctx):  # type: ignore[no-untyped-def]
-            model, rows = ctx._model, ctx._batch
-            local = rows.tensors["tokens"].reshape(-1)[slice(*rows.shard)]
-            labels = torch.roll(local, -1)
-            labels[-1] = -100
-            whole = model.parallel.tp.all_gather(labels) if model.parallel.sp else labels
-            from megalm.plugin.contract.objective import Term
-
-            return {"causal_lm": Term(ctx.lm_loss(hidden, whole.view(rows.rows, rows.length)).sum())}
-
-        monkeypatch.setattr(type(objective), "loss", shifted)
-        found = self.broken(prepared, Layout(tp=2, sp=True))
-        assert any(line.startswith("loss") for line in found)
-        assert not self.broken(prepared, Layout(tp=2))
-
-    def test_dropout_by_rank(self, joint: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-        correct = Microbatch.dropout
-
-        def by_rank(self: Microbatch, x_TF: torch.Tensor, p: float, site: str) -> torch.Tensor:
-            address = self.shard_address
-            if address is None:
-                return x_TF
-            spans = tuple(replace(s, start=0, stop=s.stop - s.start) for s in address.spans)
-            return correct(replace(self, shard_address=replace(address, spans=spans)), x_TF, p, site)
-
-        monkeypatch.setattr(Microbatch, "dropout", by_rank)
-        assert self.broken(joint, Layout(tp=2, sp=True, micro_batch=1))
-        assert not self.broken(joint, Layout(tp=2))
-
-    def test_vocabulary_shard_off_by_one(self, joint: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-        import megalm.model.heads as heads
-
-        correct = heads.linear_cross_entropy
-
-        def off(*args, first_row: int, **kwargs):  # type: ignore[no-untyped-def]
-            return correct(*args, first_row=first_row + (args[3].size > 1), **kwargs)
-
-        monkeypatch.setattr(heads, "linear_cross_entropy", off)
-        assert self.broken(joint, Layout(tp=2))
-        assert not self.broken(joint, Layout(dp=2, micro_batch=4))
 
 
 def test_uneven_counts_are_what_the_tests_above_see(tmp_path: Path, data: Path, manager: PluginManager) -> None:
