@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalm.parallel.sim import Fault, SimulatedWorld, run_simulated
+    from megalm.testing.head.suite import HeadSuite
     from megalm.testing.objective.parity import assert_layout_parity
     from megalm.testing.objective.suite import ObjectiveSuite
     from megalm.testing.tokenizer.suite import TokenizerSuite

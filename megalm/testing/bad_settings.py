@@ -58,7 +58,8 @@ class BadSetting:
 def bad_settings(model: type[Settings]) -> Iterator[BadSetting]:
     """One for an unknown key, and for each field one of a wrong type and one beyond each bound of the JSON Schema."""
     schema = model.model_json_schema()
-    yield from _table(schema, schema.get("$defs", {}), ())
+    # Of the whole, an unknown key is refused whatever the schema says.
+    yield from _table({**schema, "additionalProperties": False}, schema.get("$defs", {}), ())
 
 
 def _table(schema: _Schema, defs: Mapping[str, _Schema], path: tuple[str | int, ...]) -> Iterator[BadSetting]:

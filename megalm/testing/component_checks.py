@@ -199,8 +199,11 @@ def _bad_configuration(manager: PluginManager, kind: str, name: str) -> str:
         key = dotted((*prefix, *bad.path))
         said = _refusals(manager, component, model, prefix, section is not None, bad)
         about = [line for line in said if f"{key}: " in line]
-        if not about:
-            problems.append(f"{key} = {bad.shown} is accepted, but {bad.why}{_but_said(said)}")
+        near = [line for line in said if f"{dotted(prefix)}: " in line]
+        if not about and near:
+            problems.append(f"{key} = {bad.shown} is refused without naming the key: {near[0]}")
+        elif not about:
+            problems.append(f"{key} = {bad.shown} is accepted, but {bad.why}")
         elif not any(owner in line for line in about):
             problems.append(f"{key} = {bad.shown} is refused without naming plugin {_plugin_of(component)}: {about[0]}")
         elif bad.meant is not None and not any(f'did you mean "{bad.meant}"' in line for line in about):
@@ -208,10 +211,6 @@ def _bad_configuration(manager: PluginManager, kind: str, name: str) -> str:
     if problems:
         raise CheckFailed("\n".join(problems))
     return f"{count} bad settings"
-
-
-def _but_said(said: list[str]) -> str:
-    return f" (what was said: {said[0]})" if said else ""
 
 
 def _refusals(

@@ -76,7 +76,7 @@ def damaged_files(subject: TokenizerSubject) -> str:
         folders.append(folder)
     answers = loaded_elsewhere(subject.component.target, folders, probes, subject.folder("damaged, loaded"))
     refused = told = 0
-    for (name, how, _), answer in zip(cases, answers, strict=True):
+    for (name, how, _), answer in zip(cases, answers, strict=False):
         _judge(name, how, answer, expected, probes)
         refused += "refused" in answer
         told += "refused" not in answer and answer["identity"] != expected["identity"]

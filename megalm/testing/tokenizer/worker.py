@@ -15,7 +15,7 @@ from typing import Any
 
 from megalm.errors import TokenizerError
 from megalm.plugin.contract.tokenizer import Tokenizer
-from megalm.testing.fresh import run_fresh
+from megalm.testing.fresh import FreshProcessError, run_fresh
 
 _CODE = "from megalm.testing.tokenizer.worker import main; main()"
 
@@ -43,23 +43,16 @@ def trained_elsewhere(
 
 def loaded_elsewhere(target: str, folders: Sequence[Path], probes: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """Load each of ``folders``: as :func:`describe` says, or ``{"refused": message}`` where a TokenizerError says why,
-    ``{"raised": "Type: message"}`` for another exception, ``{"crashed": how}`` where the process died of it."""
-    answers: list[dict[str, Any]] = []
-    while len(answers) < len(folders):
-        rest = list(map(str, folders[len(answers) :]))
-        place = folder / str(len(answers))
-        place.mkdir()
-        job = {"target": target, "folders": rest, "probes": list(probes), "progress": str(place / "progress")}
-        try:
-            answers += _run("load", job, place, {})
-        except Exception as error:
-            done = (
-                (place / "progress").read_text(encoding="utf-8").splitlines() if (place / "progress").exists() else []
-            )
-            if len(done) >= len(rest):
-                raise
-            answers += [*map(json.loads, done), {"crashed": str(error)}]
-    return answers
+    ``{"raised": "Type: message"}`` for another exception. Where the process dies of one, ``{"crashed": how}`` is the
+    last answer."""
+    progress = folder / "progress"
+    progress.touch()
+    job = {"target": target, "folders": list(map(str, folders)), "probes": list(probes), "progress": str(progress)}
+    try:
+        return list(_run("load", job, folder, {}))
+    except FreshProcessError as error:
+        done = [json.loads(line) for line in progress.read_text(encoding="utf-8").splitlines()]
+        return [*done, {"crashed": str(error)}]
 
 
 def _run(what: str, job: dict[str, Any], folder: Path, env: dict[str, str]) -> Any:
