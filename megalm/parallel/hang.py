@@ -113,25 +113,48 @@ class Status:
         return next((call for call in (*self.open, *self.recent) if call.key == key), None)
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A rank that does not answer."""
+
+    place: str
+    """Process and host."""
+    fate: str | None = None
+    """``gone`` or ``suspended``, where that is known."""
+    since: bool = False
+    """It was there when the alarm was raised, and another was gone."""
+
+    def __str__(self) -> str:
+        if self.since:
+            why = "it has ended since the alarm, as a launcher ends those that are left"
+        elif self.fate is not None:
+            why = f"it is {self.fate}"
+        else:
+            why = "killed, suspended, in code that keeps Python from running, or its host is gone"
+        return f"does not answer ({self.place}): {why}"
+
+
 def hang_report(
-    head: str, statuses: Mapping[int, Status], size: int, places: Mapping[int, str], blind: str | None = None
+    head: str, statuses: Mapping[int, Status], size: int, absent: Mapping[int, Absent], blind: str | None = None
 ) -> str:
     """The report. ``head``: what made someone ask. ``statuses``: of the ranks that answered, among ``size``.
 
-    ``places``: process and host of ranks, as far as known. ``blind``: why other ranks could not be asked; then nothing
-    is said of them.
+    ``absent``: the others. ``blind``: why others could not be asked; then nothing is said of them.
     """
     lines = [head]
     if blind is not None:
         lines.append(f"  {blind}, so this is what {ranks_text(sorted(statuses))} alone can say")
     needs = {rank: _missing(status, statuses) for rank, status in sorted(statuses.items()) if status.gone is None}
     if blind is None:
-        lines += [f"  {line}" for line in _verdict(statuses, needs)]
+        lines += [f"  {line}" for line in _verdict(statuses, absent, needs)]
     described: dict[tuple[str, ...], tuple[list[int], list[list[float]]]] = {}
     for rank in range(size):
         if rank not in statuses and blind is not None:
             continue
-        text, ages = _describe(rank, statuses, needs, places.get(rank), blind is None)
+        if rank in statuses:
+            text, ages = _describe(rank, statuses, needs, blind is None)
+        else:
+            text, ages = [str(absent[rank])], []
         ranks, durations = described.setdefault(tuple(text), ([], []))
         ranks.append(rank)
         durations.append(ages)
@@ -150,13 +173,14 @@ def _missing(status: Status, statuses: Mapping[int, Status]) -> list[int]:
     return [rank for rank in wanted[0][1] if rank not in statuses or not statuses[rank].has_joined(wanted)]
 
 
-def _verdict(statuses: Mapping[int, Status], needs: Mapping[int, list[int]]) -> list[str]:
+def _verdict(statuses: Mapping[int, Status], absent: Mapping[int, Absent], needs: Mapping[int, list[int]]) -> list[str]:
     lines = list(_mismatches(statuses))
     for rank in sorted({missing for ranks in needs.values() for missing in ranks}):
         waiting = [number for number, needed in needs.items() if rank in needed]
         status = statuses.get(rank)
         if status is None:
-            lines.append(f"culprit: rank {rank} does not answer, but {wait_text(waiting)} for it")
+            if not absent[rank].since:
+                lines.append(f"culprit: rank {rank} does not answer, but {wait_text(waiting)} for it")
         elif status.gone is not None:
             lines.append(f"culprit: rank {rank} {status.gone}, but {wait_text(waiting)} for it")
         elif not status.open:
@@ -219,12 +243,11 @@ def _partings(statuses: Mapping[int, Status]) -> Iterator[str]:
 
 
 def _describe(
-    rank: int, statuses: Mapping[int, Status], needs: Mapping[int, list[int]], place: str | None, others: bool
+    rank: int, statuses: Mapping[int, Status], needs: Mapping[int, list[int]], others: bool
 ) -> tuple[list[str], list[float]]:
     """Lines about one rank, with marks where durations go, and the durations."""
-    if rank not in statuses:
-        return [f"does not answer{f' ({place})' if place else ''}: killed, suspended, or its host is gone"], []
-    status, ages = statuses[rank], []
+    ages: list[float] = []
+    status = statuses[rank]
     if status.gone is not None:
         return [status.gone], []
     lines, frames, labels = [], status.frames, status.phases

@@ -11,18 +11,20 @@ Time spent between collectives is nobody's business, unless others wait for it i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import socket
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, TypedDict
 
 from megalm.parallel.board import BoardGone, within
 from megalm.parallel.flight import FlightRecord
-from megalm.parallel.hang import Status, hang_report
+from megalm.parallel.hang import Absent, Status, hang_report
+from megalm.parallel.place import fate, own_place, spell_place
 from megalm.parallel.terminate import TerminateHandler
 
 FAILURE = 1
@@ -37,6 +39,15 @@ _LEAVING = 2.0
 _LATE = 2.0
 """A look that comes later than this by so many seconds was held up with the whole process."""
 _TICK = 0.02
+
+
+class Alarm(TypedDict):
+    """What makes all ranks answer."""
+
+    head: str
+    """What the report begins with."""
+    lost: list[int]
+    """Ranks whose processes were gone already."""
 
 
 class Notices(Protocol):
@@ -69,7 +80,7 @@ class Watchdog:
         """Begin to watch."""
         with contextlib.suppress(BoardGone):
             self._board = self._connect()
-            self._board.post(f"place/{self._rank}", f"process {os.getpid()} on {socket.gethostname()}")
+            self._board.post(f"place/{self._rank}", own_place())
         self._thread.start()
         self._terminate.install()
 
@@ -129,16 +140,16 @@ class Watchdog:
                 limit = f"{self._timeout:g} s (launch.collective_timeout)"
                 self._report(self._raise(f"megalm: a collective has not completed within {limit}"))
 
-    def _alarm(self) -> str | None:
-        """The head of the report that another rank has asked for; forgets a board that is gone."""
+    def _alarm(self) -> Alarm | None:
+        """That of another rank, or one's own once it is raised; forgets a board that is gone."""
         try:
             return None if self._board is None else self._board.read("alarm")
         except BoardGone:
             self._board = None
             return None
 
-    def _raise_failure(self, failure: str) -> str:
-        """The head of the report of a failed collective. Ends the process where another's failure explains it."""
+    def _raise_failure(self, failure: str) -> Alarm:
+        """The alarm of a failed collective. Ends the process where another's failure explains it."""
         if failure == "terminated" and self._excused():
             _end()
         if failure == "later":
@@ -157,26 +168,35 @@ class Watchdog:
         except BoardGone:
             return False
 
-    def _raise(self, head: str) -> str:
-        """Raise the alarm, unless another rank has; what the report begins with."""
+    def _raise(self, head: str) -> Alarm:
+        """Raise the alarm, unless another rank has; the one that stands."""
+        _outlive_launcher()
+        alarm: Alarm = {"head": head, "lost": []}
         with contextlib.suppress(BoardGone):
             if self._board is not None and self._board.first("alarms"):
-                self._board.post("alarm", head)
-        return self._alarm() or head
+                # A launcher that finds one rank dead ends the others, so it counts who is gone now.
+                others = [rank for rank in range(self._size) if rank != self._rank]
+                alarm["lost"] = [r for r in self._gone(self._board, others) if self._board.read(f"answer/{r}") is None]
+                self._board.post("alarm", alarm)
+        return self._alarm() or alarm
 
-    def _report(self, head: str) -> NoReturn:
+    def _gone(self, board: Notices, ranks: list[int]) -> list[int]:
+        return [rank for rank in ranks if fate(board.read(f"place/{rank}")) == "gone"]
+
+    def _report(self, alarm: Alarm) -> NoReturn:
         """Answer, see to it that one report is printed, and end the process."""
+        _outlive_launcher()
         own = self._flight.told()
         try:
             if self._board is None:
                 raise BoardGone
-            self._answer(self._board, own, head)
+            self._answer(self._board, own, alarm)
         except BoardGone:
             blind = "the launch's key-value store does not answer"
-            _print(hang_report(head, {self._rank: Status.parse(own)}, self._size, {}, blind))
+            _print(hang_report(alarm["head"], {self._rank: Status.parse(own)}, self._size, {}, blind))
         _end()
 
-    def _answer(self, board: Notices, own: dict[str, Any], head: str) -> None:
+    def _answer(self, board: Notices, own: dict[str, Any], alarm: Alarm) -> None:
         board.post(f"answer/{self._rank}", own)
         answers: dict[int, dict[str, Any]] = {self._rank: own}
         lower_ranks, others = range(self._rank), [rank for rank in range(self._size) if rank != self._rank]
@@ -185,7 +205,8 @@ class Watchdog:
         while not printing and time.monotonic() < until:
             self._collect(board, answers, others)
             # The lowest rank alive hears all out; the others are done once they know of a lower one.
-            printing = any(_alive(answers, rank) for rank in lower_ranks) or len(answers) == self._size
+            silent = [rank for rank in others if rank not in answers]
+            printing = any(_alive(answers, rank) for rank in lower_ranks) or self._gone(board, silent) == silent
             time.sleep(_TICK)
         if any(_alive(answers, rank) for rank in lower_ranks):
             if self._wait_for(board, "printed", until + _PRINTING - time.monotonic()):
@@ -195,9 +216,14 @@ class Watchdog:
             self._collect(board, answers, others)
         elif board.read("printed"):
             return  # this process was suspended while the others reported
-        places = {rank: str(board.read(f"place/{rank}") or "") for rank in others if rank not in answers}
+        absent = {}
+        for rank in others:
+            if rank not in answers:
+                place = board.read(f"place/{rank}")
+                since = bool(alarm["lost"]) and rank not in alarm["lost"]
+                absent[rank] = Absent(spell_place(place), fate(place), since and fate(place) == "gone")
         statuses = {rank: Status.parse(told) for rank, told in answers.items()}
-        _print(hang_report(head, statuses, self._size, places))
+        _print(hang_report(alarm["head"], statuses, self._size, absent))
         board.post("printed", True)
         self._wait_for_all(board, answers)
 
@@ -224,6 +250,16 @@ class Watchdog:
                 return False
             time.sleep(_TICK)
         return True
+
+
+def _outlive_launcher() -> None:
+    """Ignore the signal by which a launcher ends the ranks that are left: the process ends by itself after the report.
+
+    Through C, since Python lets only the main thread, which may be stuck, say what signals do.
+    """
+    ignore = ctypes.c_void_p(int(signal.SIG_IGN))
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), ignore)
 
 
 def _alive(answers: dict[int, dict[str, Any]], rank: int) -> bool:

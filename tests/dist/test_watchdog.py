@@ -228,7 +228,7 @@ def test_a_killed_rank(fork: Any, tmp_path: Path) -> None:
     report = ended[0].err
     assert report.startswith("megalm: a collective failed on rank ")
     assert "culprit: rank 1 does not answer, but rank" in report
-    assert re.search(r"rank 1: does not answer \(process \d+ on \S+\): killed, suspended, or its host", report)
+    assert re.search(r"rank 1: does not answer \(process \d+ on \S+\): it is gone", report)
     failed = of_rank(0, report) + of_rank(2, report)
     assert "all_reduce(reduction sum, dtype float32, shape [1]), call 2 of group world [0, 1, 2]" in failed
     assert "error: " in failed
@@ -299,6 +299,7 @@ def test_a_suspended_rank(fork: Any, tmp_path: Path, suspended: int) -> None:
     assert launch.codes == {other: 1}
     report = launch.folder / f"{other}.err"
     assert f"culprit: rank {suspended} does not answer, but rank {other} waits for it" in report.read_text()
+    assert re.search(rf"rank {suspended}: does not answer \(.*\): it is suspended", report.read_text())
     os.kill(launch.pids[suspended], signal.SIGCONT)
     ended = launch.wait(after_first=SLACK)
     assert ended[suspended].code == 1

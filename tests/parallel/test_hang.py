@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalm.parallel.hang import Status, hang_report
+from megalm.parallel.hang import Absent, Status, hang_report
 
 HEAD = "megalm: a collective has not completed within 600 s (launch.collective_timeout)"
 
@@ -73,9 +73,10 @@ class Account:
         )
 
 
-def report(*accounts: Account | None, places: dict[int, str] | None = None, blind: str | None = None) -> list[str]:
+def report(*accounts: Account | None, absent: dict[int, Absent] | None = None, blind: str | None = None) -> list[str]:
     statuses = {rank: account.status for rank, account in enumerate(accounts) if account is not None}
-    return hang_report(HEAD, statuses, len(accounts), places or {}, blind).splitlines()
+    others = {rank: Absent("process 17 on node4") for rank in range(len(accounts)) if rank not in statuses}
+    return hang_report(HEAD, statuses, len(accounts), absent or others, blind).splitlines()
 
 
 def test_the_whole_of_one() -> None:
@@ -83,7 +84,6 @@ def test_the_whole_of_one() -> None:
         Account("step 7", "loss").did("tp", (0, 1), dtype="float32").waits("tp", (0, 1), dtype="float32", shape="[3]"),
         Account("step 7", "forward").did("tp", (0, 1), dtype="float32", age=651.0),
         None,
-        places={2: "process 17 on node4"},
     )
     assert found == [
         HEAD,
@@ -98,7 +98,8 @@ def test_the_whole_of_one() -> None:
         "      its last in tp [0, 1]: call 1, over since 651 s: all_reduce(dtype float32)",
         "      during: step 7 > forward",
         "      at data.py:7 read",
-        "  rank 2: does not answer (process 17 on node4): killed, suspended, or its host is gone",
+        "  rank 2: does not answer (process 17 on node4): killed, suspended, in code that keeps Python from running, "
+        "or its host is gone",
     ]
 
 
@@ -120,6 +121,17 @@ def test_a_rank_that_answers_nothing_and_one_that_has_left() -> None:
     assert "  culprit: rank 1 does not answer, but rank 0 waits for it" in found
     assert "  culprit: rank 2 has failed: ValueError: no space, but rank 0 waits for it" in found
     assert "  rank 2: has failed: ValueError: no space" in found
+
+
+def test_ranks_that_a_launcher_has_ended_are_no_culprits() -> None:
+    lost = Absent("process 17 on node4", "gone")
+    ended = Absent("process 18 on node4", "gone", since=True)
+    found = report(Account().waits("world", (0, 1, 2)), None, None, absent={1: lost, 2: ended})
+    assert [line for line in found if "culprit" in line] == [
+        "  culprit: rank 1 does not answer, but rank 0 waits for it"
+    ]
+    assert "  rank 1: does not answer (process 17 on node4): it is gone" in found
+    assert found[-1].startswith("  rank 2: does not answer (process 18 on node4): it has ended since the alarm")
 
 
 def test_who_has_passed_an_operation_is_not_missing_from_it() -> None:
