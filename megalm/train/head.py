@@ -7,6 +7,7 @@ sequence length.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -35,7 +36,7 @@ class HeadObjective(Objective):
     def __init__(self, name: str, head: Head, *, labelled: bool = True) -> None:
         super().__init__(head.cfg, ObjectiveEnv(head.env.tokenizer, head.env.sequence_length))
         self.head = head
-        self.module_name = name.replace(".", "_")
+        self.module_name = re.sub(r"\W", "_", name.rpartition(":")[2])
         self.version = head.version  # type: ignore[misc]  # an objective's is its class's; this one speaks for a head
         self._name = name
         self._labelled = labelled
