@@ -89,6 +89,8 @@ def recording_context(grid: Grid, heard: list[Heard], *, tp_index: int = 0, dp_i
         device=torch.device("cpu"),
         tp=RecordingGroup("tp", tp, tp_index, heard),
         dp=RecordingGroup("dp", dp, dp_index, heard),
+        pp=RecordingGroup("pp", (rank,), 0, heard),
+        ends=RecordingGroup("ends", (rank,), 0, heard),
         world=RecordingGroup("world", tuple(range(grid.size)), rank, heard),
         sp=grid.sharded,
     )

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,18 +29,20 @@ def run_processes(
     function: Callable[[ParallelContext], Tensors],
     *,
     tp: int = 1,
+    pp: int = 1,
     dp: int = 1,
     sp: bool = False,
     timeout: float = 120.0,
 ) -> list[Tensors]:
-    """Run ``function`` on tp * dp forked gloo ranks; each rank's tensors, in rank order.
+    """Run ``function`` on tp * pp * dp forked gloo ranks; each rank's tensors, in rank order.
 
     RuntimeError with the first failing rank's traceback where one fails, or names those that did not end in time.
     """
-    size = tp * dp
+    size = tp * pp * dp
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        children = [_fork(function, root, rank, size, tp, sp, timeout) for rank in range(size)]
+        layout = {"tp": tp, "pp": pp, "sp": sp}
+        children = [_fork(function, root, rank, size, layout, timeout) for rank in range(size)]
         try:
             _wait(children, root, timeout)
         finally:
@@ -50,7 +53,12 @@ def run_processes(
 
 
 def _fork(
-    function: Callable[[ParallelContext], Tensors], root: Path, rank: int, size: int, tp: int, sp: bool, timeout: float
+    function: Callable[[ParallelContext], Tensors],
+    root: Path,
+    rank: int,
+    size: int,
+    layout: dict[str, Any],
+    timeout: float,
 ) -> int:
     pid = os.fork()
     if pid:
@@ -59,7 +67,7 @@ def _fork(
     try:
         torch.set_num_threads(1)
         start_file_process_group(root / "store", rank, size, timeout)
-        out = function(make_mesh(torch.device("cpu"), tp=tp, sp=sp))
+        out = function(make_mesh(torch.device("cpu"), **layout))
         save_file({name: tensor.detach().contiguous() for name, tensor in out.items()}, root / f"{rank}.safetensors")
         status = 0
     except BaseException:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class SimulatedWorld:
-    """tp * dp simulated ranks, and what they said.
+    """tp * pp * dp simulated ranks, and what they said.
 
     ``schedule``: who runs next where a rank waits, by number or drawn from ``seed``. ``p2p``: a send ends when it is
     received, or at once ("eager", which hides deadlocks). ``faults``: what goes wrong on purpose. ``timeout``: wall
@@ -43,6 +43,7 @@ class SimulatedWorld:
         self,
         *,
         tp: int = 1,
+        pp: int = 1,
         dp: int = 1,
         sp: bool = False,
         device: torch.device | str = "cpu",
@@ -52,11 +53,11 @@ class SimulatedWorld:
         faults: Iterable[Fault] = (),
         timeout: float = 120.0,
     ) -> None:
-        self.size = tp * dp
+        self.size = tp * pp * dp
         self.trace: list[Record] = []
         """Every operation, in the order of issue; without those that made the mesh."""
         self._collects = False
-        self._tp, self._sp = tp, sp
+        self._tp, self._pp, self._sp = tp, pp, sp
         self._device = torch.device(device)
         self._schedule, self._seed, self._p2p = schedule, seed, p2p
         self._faults, self._timeout = tuple(faults), timeout
@@ -108,7 +109,7 @@ class SimulatedWorld:
             store = SimulatedStore(fabric)  # torch's C++ does not keep it alive
             torch_hooks.start_rank(store, number, self.size)
             try:
-                results[number] = function(make_mesh(self._device, tp=self._tp, sp=self._sp))
+                results[number] = function(make_mesh(self._device, tp=self._tp, pp=self._pp, sp=self._sp))
             finally:
                 torch_hooks.stop_rank()
 
@@ -129,6 +130,7 @@ def run_simulated(
     function: Callable[[ParallelContext], T],
     *,
     tp: int = 1,
+    pp: int = 1,
     dp: int = 1,
     sp: bool = False,
     device: torch.device | str = "cpu",
@@ -138,12 +140,13 @@ def run_simulated(
     faults: Iterable[Fault] = (),
     timeout: float = 120.0,
 ) -> list[T]:
-    """Call ``function`` on each of tp * dp simulated ranks; what each returned, in rank order.
+    """Call ``function`` on each of tp * pp * dp simulated ranks; what each returned, in rank order.
 
     The arguments are those of :class:`SimulatedWorld`, which keeps a trace besides.
     """
     world = SimulatedWorld(
         tp=tp,
+        pp=pp,
         dp=dp,
         sp=sp,
         device=device,
