@@ -1,0 +1,164 @@
+"""A head as an objective: what the adapter refuses, what prediction promises, and the page's example."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.errors import DataError, ObjectiveError
+from megalm.plugin.component import Component, PluginInfo
+from megalm.plugin.contract.head import Head, HeadEnv
+from megalm.plugin.manager import PluginManager
+from megalm.testing.check import run_checks
+from megalm.testing.head.checks import CHECKS
+from megalm.testing.head.module import serial_model
+from megalm.testing.head.subject import HeadSubject
+from megalm.train.head import as_corpus, head_objective, predict
+from megalm.train.step import evaluate
+from megalm_plugins.heads.sequence_classification import SequenceClassification
+from megalm_plugins.tokenizers.byte import ByteTokenizer
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "heads.md"
+
+
+@pytest.fixture(scope="module")
+def subject() -> Iterator[HeadSubject]:
+    with HeadSubject("sequence_classification") as made:
+        yield made
+
+
+def make_head() -> SequenceClassification:
+    env = HeadEnv(ByteTokenizer(), 16, ("no", "yes"))
+    return SequenceClassification(SequenceClassification.Config(), env)
+
+
+def test_bad_records_are_listed_with_their_numbers() -> None:
+    objective = head_objective("sc", make_head())
+    good = {"text": "x", "label": "no"}
+    with pytest.raises(DataError) as caught:
+        objective.check_corpus(as_corpus([good, {"text": "x"}, good, {"text": 3, "label": "maybe"}]))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "head sc: 2 of 4 records cannot be used:"
+    assert lines[1] == "  record 1: field 'label' is missing; it holds the label of the text"
+    assert lines[2] == "  record 3: field 'text': expected text, found 3"
+    assert "record 3: field 'label': expected one of 'no, yes', found 'maybe'" in lines[3]
+    with pytest.raises(DataError) as caught:
+        objective.check_corpus(as_corpus([{"text": "x"}] * 50))
+    assert len(str(caught.value).splitlines()) == 12
+    with pytest.raises(DataError, match="head sc: no records"):
+        objective.check_corpus(as_corpus([]))
+
+
+def broken(method: str, function: Callable[..., Any]) -> Head:
+    head = make_head()
+    setattr(head, method, function)
+    return head
+
+
+def test_rows_that_break_the_contract_are_named() -> None:
+    head = make_head()
+    correct = head.build_example
+    cases: list[tuple[Callable[..., Any], str]] = [
+        (
+            lambda r: {**correct(r), "tokens": correct(r)["tokens"].repeat(9)},
+            "tokens for record 0, more than the sequence",
+        ),
+        (
+            lambda r: {k: v for k, v in correct(r).items() if k != "label"},
+            "'label' is declared with dimensions .* nothing",
+        ),
+        (lambda r: {**correct(r), "label": [1, 2]}, "'label' is declared with dimensions .batch., but .* shape .2."),
+    ]
+    for function, message in cases:
+        objective = head_objective("sc", broken("build_example", function))
+        with pytest.raises(ObjectiveError, match=message):
+            objective.collate([objective.build(0, as_corpus([{"text": "abc", "label": "no"}]), (0, "train", 0))])
+
+    def refuse(record: Any) -> Any:
+        raise DataError("field 'text': no")
+
+    objective = head_objective("sc", broken("build_example", refuse))
+    with pytest.raises(DataError, match="head sc: record 1: field 'text': no"):
+        objective.build(1, as_corpus([{}, {}]), (0, "train", 0))
+
+
+def test_another_attention_than_the_backbones_is_refused() -> None:
+    head = make_head()
+    needs = head.needs()
+    object.__setattr__(needs, "attention", "causal")
+    with pytest.raises(ObjectiveError, match="asks for causal attention, but the backbone's is bidirectional"):
+        head_objective("sc", broken("needs", lambda: needs))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found[:-1], "2 predictions for 3 rows"),
+        (lambda found: tuple(found), "must return a list"),
+        (lambda found: [float("nan")] * len(found), "what JSON cannot hold"),
+        (lambda found: [{1, 2}] * len(found), "what JSON cannot hold"),
+    ],
+)
+def test_predictions_that_break_the_contract_are_named(
+    subject: HeadSubject, change: Callable[[list[Any]], Any], message: str
+) -> None:
+    head = subject.make()
+    correct = head.predict
+    head.predict = lambda *arguments: change(correct(*arguments))  # type: ignore[method-assign]
+    with pytest.raises(ObjectiveError, match=message):
+        predict(serial_model(subject), subject.name, head, subject.records[:3], micro_batch=8)
+
+
+def test_prediction_refuses_bad_records(subject: HeadSubject) -> None:
+    with pytest.raises(DataError, match="record 1: field 'text' is missing"):
+        predict(serial_model(subject), subject.name, subject.head, [{"text": "x"}, {"txt": "x"}], micro_batch=8)
+
+
+def test_evaluation_is_the_mean_over_records(subject: HeadSubject) -> None:
+    """The engine's evaluation, from the probabilities that prediction gives."""
+    from megalm.train.feed import evaluation_rows
+
+    model, records = serial_model(subject), subject.records[:11]
+    rows = evaluation_rows(
+        subject.objective, as_corpus(records), seed=0, samples=99, micro_batch=4, dp_index=0, dp_size=1
+    )
+    found = predict(model, subject.name, subject.head, subject.bare[:11], micro_batch=3)
+    right = [p["probabilities"][r["label"]] for p, r in zip(found, records, strict=True)]
+    expected = -torch.tensor(right, dtype=torch.float64).log().mean().item()
+    assert evaluate(model, subject.objective, rows).total == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_version_and_the_module_are_the_heads() -> None:
+    class Later(SequenceClassification):
+        version = 3
+
+    head = Later(Later.Config(), HeadEnv(ByteTokenizer(), 16, ("no", "yes")))
+    objective = head_objective("mine:later.one", head)
+    assert objective.versions == {"mine:later.one": 3}
+    assert list(objective.needs.modules) == ["later_one"]
+
+
+def test_the_example_of_the_page_is_a_right_head() -> None:
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(source, names)
+
+    class OnThePage(PluginManager):
+        def get(self, kind: str, name: str) -> Component:
+            if (kind, name) == ("heads", "topic"):
+                return Component(name, "page:Topic", "on the page", PluginInfo("page", "page", "1", "page"))
+            return super().get(kind, name)
+
+        def load_component(self, component: Component) -> Any:
+            return names["Topic"] if component.name == "topic" else super().load_component(component)
+
+    chosen = {"module", "records", "texts", "counts", "sums", "streams", "padding", "scopes", "metrics", "predictions"}
+    with HeadSubject("topic", manager=OnThePage.for_launch(None)) as subject:
+        results = list(run_checks([check for check in CHECKS if check.name in chosen], subject))
+    assert len(results) == len(chosen)
+    assert [(r.name, r.detail) for r in results if r.status != "passed"] == []
