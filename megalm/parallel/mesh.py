@@ -1,8 +1,8 @@
 """The grid of ranks and the groups along its axes.
 
 Ranks are numbered with the tensor-parallel axis innermost, so that its ranks are neighbours on one host, and the
-pipeline outermost, whose messages are few: rank = (pp_index * dp + dp_index) * tp + tp_index. The context is passed to whoever needs it; megalm keeps no rank state in modules, so several
-ranks can live in one process.
+pipeline outermost, whose messages are few: rank = (pp_index * dp + dp_index) * tp + tp_index. The context is passed to
+whoever needs it; megalm keeps no rank state in modules, so several ranks can live in one process.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def make_mesh(
     # (pp, dp, tp) places of the grid as ranks.
     grid = [[[(p * dp + d) * tp + t for t in range(tp)] for d in range(dp)] for p in range(pp)]
     lines = [tuple(grid[p][d][t] for p in range(pp)) for d in range(dp) for t in range(tp)]
-    rows = {
+    rows: dict[str, list[tuple[int, ...]]] = {
         "tp": [tuple(grid[p][d]) for p in range(pp) for d in range(dp)],
         "dp": [tuple(grid[p][d][t] for d in range(dp)) for p in range(pp) for t in range(tp)],
         "pp": lines if pp > 1 or exercise_backend() else [],
