@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Fate = Literal["gone", "suspended"]
+_PF_EXITING = 4
+"""Linux's flag of a process whose end has begun; its connections may be closed while it still has a state."""
 
 
 def own_place() -> dict[str, Any]:
@@ -27,12 +29,13 @@ def fate(place: dict[str, Any] | None) -> Fate | None:
         return None
     try:
         # The name of the program, in parentheses, may hold anything.
-        state = Path(f"/proc/{place['process']}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{place['process']}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        state, exiting = fields[0], int(fields[6]) & _PF_EXITING
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
-    except (OSError, IndexError):
+    except (OSError, IndexError, ValueError):
         return None
-    return "gone" if state in "ZX" else "suspended" if state in "Tt" else None
+    return "gone" if exiting or state in "ZX" else "suspended" if state in "Tt" else None
 
 
 def _space() -> str | None:

@@ -11,9 +11,7 @@ Time spent between collectives is nobody's business, unless others wait for it i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, Protocol, TypedDict
 
+from megalm.parallel.alert import Alert, end_by_sigterm, ignore_sigterm
 from megalm.parallel.board import BoardGone, within
 from megalm.parallel.flight import FlightRecord
 from megalm.parallel.hang import Absent, Status, hang_report
@@ -38,6 +37,8 @@ _PRINTING = 10.0
 _LEAVING = 2.0
 _LATE = 2.0
 """A look that comes later than this by so many seconds was held up with the whole process."""
+_OBEYING = 0.5
+"""Seconds by which a launcher's signal is held back, to learn whether a report is under way."""
 _TICK = 0.02
 
 
@@ -69,8 +70,7 @@ class Watchdog:
         self._interval = min(1.0, max(0.05, timeout / 10))
         self._connect = board
         self._board: Notices | None = None
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._alert = Alert()
         self._stopping = threading.Event()
         self._failure: Literal["first", "later", "terminated"] | None = None
         self._terminate = TerminateHandler(self._terminated)
@@ -83,17 +83,23 @@ class Watchdog:
             self._board.post(f"place/{self._rank}", own_place())
         self._thread.start()
         self._terminate.install()
+        self._alert.hold_back()
 
     def stop(self) -> None:
         """The rank has done its part; what others still wait for from it will not come."""
         self.leave("has ended")
         self._thread.join()
+        self._alert.close()
 
     def leave(self, why: str, excuse: bool = False) -> None:
         """Stop watching; why this rank will answer no more. ``excuse``: it tells the user, so others need not."""
         self._terminate.remove()
+        self._alert.let_go()
         self._stopping.set()
-        self._wake.set()
+        self._alert.ring()
+        self._tell(why, excuse)
+
+    def _tell(self, why: str, excuse: bool) -> None:
         with contextlib.suppress(BoardGone):
             if self._board is not None:
                 self._board.post(f"answer/{self._rank}", {**self._flight.told(), "gone": why})
@@ -103,14 +109,14 @@ class Watchdog:
     def collective_failed(self, first: bool) -> NoReturn:
         """Report that a collective raised an error on this rank, and end the process. ``first``: none failed before."""
         self._failure = "first" if first else "later"
-        self._wake.set()
+        self._alert.ring()
         self._thread.join()
         os._exit(FAILURE)
 
     def _terminated(self) -> None:
         self._flight.fail("a thread of the process group itself failed, as it does where messages differ in size")
         self._failure = self._failure or "terminated"
-        self._wake.set()
+        self._alert.ring()
         self._thread.join()
 
     def _guarded(self) -> None:
@@ -124,8 +130,7 @@ class Watchdog:
         since = time.monotonic()
         while True:
             asked = time.monotonic()
-            self._wake.wait(self._interval)
-            self._wake.clear()
+            self._alert.wait(self._interval)
             now = time.monotonic()
             if now - asked > self._interval + _LATE:
                 since = now  # the process was suspended; so, perhaps, were those that it waits for
@@ -136,6 +141,8 @@ class Watchdog:
                 self._report(alarm)
             elif self._failure is not None:
                 self._report(self._raise_failure(self._failure))
+            elif self._alert.terminated:
+                self._obey()
             elif oldest is not None and now - max(oldest, since) > self._timeout:
                 limit = f"{self._timeout:g} s (launch.collective_timeout)"
                 self._report(self._raise(f"megalm: a collective has not completed within {limit}"))
@@ -150,7 +157,7 @@ class Watchdog:
 
     def _raise_failure(self, failure: str) -> Alarm:
         """The alarm of a failed collective. Ends the process where another's failure explains it."""
-        if failure == "terminated" and self._excused():
+        if self._excused():
             _end()
         if failure == "later":
             # Who was first raises an alarm, or has left with an excuse.
@@ -162,6 +169,17 @@ class Watchdog:
             _end()
         return self._raise(f"megalm: a collective failed on rank {self._rank}")
 
+    def _obey(self) -> None:
+        """SIGTERM has come: go, unless there is something to report of why it was sent."""
+        until = time.monotonic() + _OBEYING
+        while time.monotonic() < until and not self._excused():
+            if self._failure is not None or self._alarm():
+                self._alert.ring()  # the next look is due now
+                return
+            self._alert.wait(_TICK)
+        self._tell("was terminated", excuse=True)
+        end_by_sigterm()
+
     def _excused(self) -> bool:
         try:
             return self._board is not None and self._board.read("excuse") is not None
@@ -170,7 +188,7 @@ class Watchdog:
 
     def _raise(self, head: str) -> Alarm:
         """Raise the alarm, unless another rank has; the one that stands."""
-        _outlive_launcher()
+        ignore_sigterm()
         alarm: Alarm = {"head": head, "lost": []}
         with contextlib.suppress(BoardGone):
             if self._board is not None and self._board.first("alarms"):
@@ -185,7 +203,7 @@ class Watchdog:
 
     def _report(self, alarm: Alarm) -> NoReturn:
         """Answer, see to it that one report is printed, and end the process."""
-        _outlive_launcher()
+        ignore_sigterm()
         own = self._flight.told()
         try:
             if self._board is None:
@@ -250,16 +268,6 @@ class Watchdog:
                 return False
             time.sleep(_TICK)
         return True
-
-
-def _outlive_launcher() -> None:
-    """Ignore the signal by which a launcher ends the ranks that are left: the process ends by itself after the report.
-
-    Through C, since Python lets only the main thread, which may be stuck, say what signals do.
-    """
-    ignore = ctypes.c_void_p(int(signal.SIG_IGN))
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).signal(int(signal.SIGTERM), ignore)
 
 
 def _alive(answers: dict[int, dict[str, Any]], rank: int) -> bool:

@@ -235,6 +235,54 @@ def test_a_killed_rank(fork: Any, tmp_path: Path) -> None:
     assert "during: step 1" in failed
 
 
+def test_a_launcher_that_ends_the_others_at_once(fork: Any, tmp_path: Path) -> None:
+    """As torchrun does when it finds one rank dead: what they saw is told all the same, and they are no culprits."""
+
+    def program(parallel: ParallelContext) -> None:
+        parallel.world.barrier()
+        (tmp_path / f"ready-{parallel.rank}").touch()
+        group = parallel.tp if parallel.rank in (2, 3) else parallel.dp
+        while True:
+            group.all_reduce(torch.ones(1))
+            time.sleep(0.05)
+
+    launch = fork(program, ranks=4, cwd=tmp_path, tp=2, timeout=60)
+    # Ranks 2 and 3 have nothing to do with 0 and 1; rank 1 waits for 3 in vain, and 0 for 2.
+    while len(list(tmp_path.glob("ready-*"))) < 4:
+        time.sleep(0.005)
+    time.sleep(0.2)
+    os.kill(launch.pids[3], signal.SIGKILL)
+    for rank in range(3):
+        os.kill(launch.pids[rank], signal.SIGTERM)
+    ended = launch.wait()
+    assert [rank.code for rank in ended] == [1, 1, 1, -signal.SIGKILL]
+    report = ended[0].err
+    assert [line for line in report.splitlines() if "culprit: " in line and "does not answer" in line] == [
+        "  culprit: rank 3 does not answer, but ranks 1, 2 wait for it"
+    ]
+    assert "rank 0: waits in all_reduce" in report
+    assert ended[1].err == ended[2].err == ""
+
+
+def test_ranks_that_are_told_to_end(fork: Any, tmp_path: Path) -> None:
+    def program(parallel: ParallelContext) -> None:
+        parallel.world.barrier()
+        (tmp_path / f"ready-{parallel.rank}").touch()
+        if parallel.rank == 0:
+            loop_forever()
+        parallel.world.barrier()
+
+    launch = fork(program, cwd=tmp_path, timeout=60)
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        time.sleep(0.005)
+    for pid in launch.pids:
+        os.kill(pid, signal.SIGTERM)
+    ended = launch.wait(after_first=2)
+    assert [rank.err for rank in ended] == ["", ""]
+    assert ended[0].code == -signal.SIGTERM
+    assert ended[1].code in (-signal.SIGTERM, 1)  # its peer may have gone a moment before
+
+
 @pytest.mark.parametrize("own_store", [False, True], ids=["the launcher's store", "the store of rank 0"])
 def test_rank_0_is_killed(fork: Any, tmp_path: Path, own_store: bool) -> None:
     """With it the store may go, so that the others cannot confer: each tells what it knows."""

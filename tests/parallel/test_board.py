@@ -115,6 +115,8 @@ def test_a_hang_without_a_store_is_reported_by_each_rank_alone(
     dog.start()
     flight.fly(flight.line("tp", (0, 1)), "all_reduce", (), dog._thread.join)
     dog._terminate.remove()
+    dog._alert.let_go()
+    dog._alert.close()
     report, end = told
     assert report.startswith("megalm: a collective has not completed within 0.3 s")
     assert "store does not answer, so this is what rank 1 alone can say" in report
