@@ -162,3 +162,18 @@ def test_the_example_of_the_page_is_a_right_head() -> None:
         results = list(run_checks([check for check in CHECKS if check.name in chosen], subject))
     assert len(results) == len(chosen)
     assert [(r.name, r.detail) for r in results if r.status != "passed"] == []
+
+
+def test_rows_are_padded_to_the_given_length_and_items_to_the_longest() -> None:
+    from megalm_plugins.heads.token_classification import TokenClassification
+
+    head = TokenClassification(TokenClassification.Config(), HeadEnv(ByteTokenizer(), 16, ("no", "yes")))
+    records = [{"words": ["a", "bc"], "tags": ["yes", "no"]}, {"words": ["d"]}]
+    for length in (9, 16):
+        batch = head.collate([head.build_example(record) for record in records], length)
+        rest = [256] * (length - 6)
+        assert batch["tokens"].tolist() == [[259, 97, 32, 98, 99, 260, *rest], [259, 100, 260, 256, 256, 256, *rest]]
+        assert batch["attention_mask"].sum(1).tolist() == [6, 3]
+        assert batch["attention_mask"].shape == (2, length)
+        assert batch["first_tokens"].tolist() == [[1, 3], [1, -1]]
+        assert batch["tags"].tolist() == [[1, 0], [-100, -100]]
