@@ -136,7 +136,9 @@ class Head(ABC):
     def predict(
         self, module: torch.nn.Module, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext
     ) -> list[Any]:
-        """A prediction for each row, as JSON values, from this row alone. Label tensors say nothing here."""
+        """A prediction for each example, as JSON values, from its rows alone. Label tensors say nothing here, and there
+        is no cell to gather: ranks may have batches of different sizes and numbers.
+        """
 
     @abstractmethod
     def truth(self, record: Record) -> Any:
