@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         LayoutError,
         MegalmError,
         PluginError,
+        ScheduleError,
         TokenizerError,
         UsageError,
     )
@@ -40,6 +41,18 @@ if TYPE_CHECKING:
         Term,
     )
     from megalm.plugin.contract.optim import Architecture, LRSchedule, OptimizerPlugin
+    from megalm.plugin.contract.pipeline import (
+        Action,
+        ActionKind,
+        BubbleFormula,
+        Costs,
+        PipelineOrder,
+        PipelineSchedule,
+        PipelineShape,
+        loop_placement,
+        v_placement,
+    )
+    from megalm.plugin.contract.pipeline_csv import order_from_csv, order_to_csv
     from megalm.plugin.contract.records import FieldSpec, Record
     from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
     from megalm.plugin.hookspecs import API_VERSION, hookimpl
@@ -53,6 +66,7 @@ _HOMES = {
         "LayoutError",
         "MegalmError",
         "PluginError",
+        "ScheduleError",
         "TokenizerError",
         "UsageError",
     ),
@@ -74,6 +88,18 @@ _HOMES = {
         "Term",
     ),
     "megalm.plugin.contract.optim": ("Architecture", "LRSchedule", "OptimizerPlugin"),
+    "megalm.plugin.contract.pipeline": (
+        "Action",
+        "ActionKind",
+        "BubbleFormula",
+        "Costs",
+        "PipelineOrder",
+        "PipelineSchedule",
+        "PipelineShape",
+        "loop_placement",
+        "v_placement",
+    ),
+    "megalm.plugin.contract.pipeline_csv": ("order_from_csv", "order_to_csv"),
     "megalm.plugin.contract.records": ("FieldSpec", "Record"),
     "megalm.plugin.contract.tokenizer": ("SpecialTokens", "Tokenizer"),
     "megalm.plugin.hookspecs": ("API_VERSION", "hookimpl"),
@@ -83,14 +109,18 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "API_VERSION",
     "IGNORE",
+    "Action",
+    "ActionKind",
     "Architecture",
     "Batch",
+    "BubbleFormula",
     "BuildContext",
     "Callback",
     "CheckpointError",
     "Component",
     "ConfigError",
     "Corpus",
+    "Costs",
     "DataError",
     "Example",
     "FieldSpec",
@@ -106,10 +136,14 @@ __all__ = [
     "Objective",
     "ObjectiveEnv",
     "OptimizerPlugin",
+    "PipelineOrder",
+    "PipelineSchedule",
+    "PipelineShape",
     "PluginError",
     "PluginInfo",
     "Record",
     "RunInfo",
+    "ScheduleError",
     "Settings",
     "SpecialTokens",
     "TensorSpec",
@@ -118,6 +152,10 @@ __all__ = [
     "TokenizerError",
     "UsageError",
     "hookimpl",
+    "loop_placement",
+    "order_from_csv",
+    "order_to_csv",
+    "v_placement",
 ]
 
 

@@ -34,6 +34,10 @@ class LayoutError(UsageError):
     """A parallel layout that does not fit the model, the batch or the number of ranks."""
 
 
+class ScheduleError(UsageError):
+    """A pipeline schedule that does not fit the pipeline, or whose actions are not in an order that can run."""
+
+
 class DataError(UsageError):
     """Unusable text, or a token store that is missing, truncated, altered or of another tokenizer."""
 

@@ -22,6 +22,14 @@ SURFACE = {
         Needs Objective ObjectiveEnv OptimizerPlugin PluginError PluginInfo Record RunInfo Settings
         SpecialTokens TensorSpec Term Tokenizer TokenizerError UsageError hookimpl
     """,
+    (1, 2): """
+        API_VERSION Action ActionKind Architecture Batch BubbleFormula BuildContext Callback CheckpointError Component
+        ConfigError Corpus Costs DataError Example FieldSpec Head HeadEnv HeadSpec IGNORE LRSchedule LayoutError
+        LossContext MegalmError ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin PipelineOrder
+        PipelineSchedule PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings SpecialTokens
+        TensorSpec Term Tokenizer TokenizerError UsageError hookimpl loop_placement order_from_csv order_to_csv
+        v_placement
+    """,
 }
 
 

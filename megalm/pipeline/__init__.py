@@ -1,0 +1,1 @@
+"""Pipeline schedules: verified, lowered to sends and receives, costed and drawn. Nothing here imports torch."""
