@@ -7,11 +7,13 @@ by features, (T, H), or (T / tp, H) under sequence parallelism.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from megalm.model.spec import ModelSpec
+from megalm.model.stages import Stage
 from megalm.nn.attention import Attention
 from megalm.nn.embedding import PositionEmbedding, TokenTypeEmbedding, VocabParallelEmbedding
 from megalm.nn.microbatch import Microbatch
@@ -24,12 +26,14 @@ from megalm.parallel.mesh import ParallelContext
 class Embedding(nn.Module):
     """Tokens, positions and token types, then norm and dropout as configured."""
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, *, tied: bool) -> None:
         super().__init__()
         c = spec.cfg
         init = Init("normal", c.init_std)
         self.p = c.dropout
-        self.tokens = VocabParallelEmbedding(parallel, spec.vocab_size, c.hidden_size, init)
+        self.tokens = VocabParallelEmbedding(
+            parallel, spec.vocab_size, c.hidden_size, init, "owner" if tied else None
+        )
         learned = c.position == "learned"
         self.positions = PositionEmbedding(parallel, spec.max_positions, c.hidden_size, init) if learned else None
         self.types = TokenTypeEmbedding(parallel, spec.token_types, c.hidden_size, init) if spec.token_types else None
@@ -44,6 +48,15 @@ class Embedding(nn.Module):
         if self.norm is not None:
             x_TH = self.norm(x_TH)
         return batch.dropout(x_TH, self.p, "embedding")
+
+
+class TiedEmbedding(nn.Module):
+    """The last stage's copy of the token embedding, for a head that uses its matrix."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+        super().__init__()
+        init = Init("normal", spec.cfg.init_std)
+        self.tokens = VocabParallelEmbedding(parallel, spec.vocab_size, spec.cfg.hidden_size, init, "copy")
 
 
 class Layer(nn.Module):
@@ -98,17 +111,32 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, layers and final norm: a microbatch to hidden vectors (T, H), or (T / tp, H) under SP."""
+    """Embedding, layers and final norm: a microbatch to hidden vectors (T, H), or (T / tp, H) under SP.
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+    It holds those of the stages that stand on this rank, under the names that they have in the whole model.
+    """
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, stages: Sequence[Stage]) -> None:
         super().__init__()
         c = spec.cfg
-        self.embedding = Embedding(spec, parallel)
-        self.layers = nn.ModuleList(Layer(spec, parallel, number) for number in range(c.layers))
-        self.final_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps) if c.final_norm else None
+        first, last = any(s.first for s in stages), any(s.last for s in stages)
+        tied = first != last and spec.lm_head and c.tie_embeddings
+        self.embedding: Embedding | TiedEmbedding | None = None
+        if first:
+            self.embedding = Embedding(spec, parallel, tied=tied)
+        elif tied:
+            self.embedding = TiedEmbedding(spec, parallel)
+        self.layers = nn.ModuleDict(
+            {str(number): Layer(spec, parallel, number) for stage in stages for number in stage.layers}
+        )
+        self.final_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps) if c.final_norm and last else None
 
-    def forward(self, batch: Microbatch) -> torch.Tensor:
-        x_TH: torch.Tensor = self.embedding(batch)
-        for layer in self.layers:
-            x_TH = layer(x_TH, batch)
-        return x_TH if self.final_norm is None else self.final_norm(x_TH)
+    def forward(self, batch: Microbatch, stage: Stage, x_TH: torch.Tensor | None) -> torch.Tensor:
+        """One stage: from the tokens on the first, from the hidden vectors of the stage before on the others."""
+        if stage.first:
+            assert isinstance(self.embedding, Embedding)
+            x_TH = self.embedding(batch)
+        assert x_TH is not None
+        for number in stage.layers:
+            x_TH = self.layers[str(number)](x_TH, batch)
+        return self.final_norm(x_TH) if stage.last and self.final_norm is not None else x_TH

@@ -49,16 +49,19 @@ class LMHead(ParallelModule):
         self.bias = self.declare_shard("bias", (spec.vocab_size,), ZERO, shard) if c.lm_head_bias else None
         self.transform = Transform(spec, parallel) if c.lm_head_transform else None
 
-    def matrix(self, embedding: VocabParallelEmbedding) -> torch.Tensor:
+    def matrix(self, embedding: VocabParallelEmbedding | None) -> torch.Tensor:
         """The projection's rows on this rank."""
-        return embedding.weight if self.tied else self.weight
+        if not self.tied:
+            return self.weight
+        assert embedding is not None
+        return embedding.weight
 
     def losses(
         self,
         hidden: torch.Tensor,
         labels_T: torch.Tensor,
         where_T: torch.Tensor | None,
-        embedding: VocabParallelEmbedding,
+        embedding: VocabParallelEmbedding | None,
     ) -> torch.Tensor:
         """Cross-entropy (n,) of each token, or of those where ``where_T`` is true."""
         chosen = None if where_T is None else where_T.nonzero().squeeze(1)
@@ -83,7 +86,7 @@ class LMHead(ParallelModule):
             first_row=self.first_row,
         )
 
-    def logits(self, h_NH: torch.Tensor, embedding: VocabParallelEmbedding) -> torch.Tensor:
+    def logits(self, h_NH: torch.Tensor, embedding: VocabParallelEmbedding | None) -> torch.Tensor:
         """Whole logits (n, V) of replicated vectors (n, H), on every rank; without gradients."""
         h_NH = h_NH if self.transform is None else self.transform(h_NH)
         out = h_NH.new_zeros((h_NH.shape[0], self.vocab_size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -10,38 +12,56 @@ from megalm.model.backbone import Backbone
 from megalm.model.heads import Classifiers, LMHead
 from megalm.model.modules import PluginModules
 from megalm.model.spec import ModelSpec
+from megalm.model.stages import Stage, whole_model
+from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.microbatch import Microbatch
+from megalm.nn.module import layouts
 from megalm.parallel.collectives import gather_rows, replicate_tokens
-from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.layout import logical_name
+from megalm.parallel.mesh import ParallelContext, single_rank
 
 
 class LanguageModel(nn.Module):
-    """A backbone with the heads that the objective needs."""
+    """A backbone with the heads that the objective needs: the whole, or the pipeline stages of this rank."""
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, stages: Sequence[Stage] | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.parallel = parallel
+        self.stages = {stage.number: stage for stage in stages or [whole_model(spec)]}
+        last = any(stage.last for stage in self.stages.values())
         with torch.device("meta"):
-            self.backbone = Backbone(spec, parallel)
-            self.lm_head = LMHead(spec, parallel) if spec.lm_head else None
-            self.classifiers = Classifiers(spec, parallel) if spec.heads else None
-            self.plugins = PluginModules(spec.cfg, spec.modules, parallel) if spec.modules else None
+            self.backbone = Backbone(spec, parallel, list(self.stages.values()))
+            self.lm_head = LMHead(spec, parallel) if spec.lm_head and last else None
+            self.classifiers = Classifiers(spec, parallel) if spec.heads and last else None
+            self.plugins = PluginModules(spec.cfg, spec.modules, parallel) if spec.modules and last else None
 
-    def forward(self, batch: Microbatch) -> torch.Tensor:
-        hidden: torch.Tensor = self.backbone(batch)
+    def forward(self, batch: Microbatch, stage: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden vectors after a stage; ``x``: those before it, none for the first."""
+        hidden: torch.Tensor = self.backbone(batch, self.stages[stage], x)
         return hidden
 
     def context(self, batch: Microbatch) -> ModelLossContext:
         """The context for the loss of one microbatch."""
         return ModelLossContext(self, batch)
 
-    def logits_at(self, batch: Microbatch, position: int) -> torch.Tensor:
-        """Whole logits (rows, V) of one position of each row; without gradients."""
+    @property
+    def token_embedding(self) -> VocabParallelEmbedding | None:
+        """The token embedding, where this rank has it."""
+        return None if self.backbone.embedding is None else self.backbone.embedding.tokens
+
+    def logits(self, batch: Microbatch, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Whole logits (rows, V) of one position of each row, from what the last stage gives; without gradients."""
         if self.lm_head is None:
             raise ValueError("this model has no language-modelling head")
-        picked = self.context(batch).pick(self(batch), position)
-        return self.lm_head.logits(picked, self.backbone.embedding.tokens)
+        picked = self.context(batch).pick(hidden, position)
+        return self.lm_head.logits(picked, self.token_embedding)
+
+
+def logical_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every logical tensor of the whole model, in the model's order; nothing is allocated."""
+    declared = layouts(LanguageModel(spec, single_rank()))
+    return {logical_name(name, part): part.shape for name, layout in declared.items() for part in layout.parts}
 
 
 class ModelLossContext:
@@ -60,7 +80,7 @@ class ModelLossContext:
         if head is None:
             raise ValueError("lm_loss needs a vocabulary head; declare lm_head=True in Needs")
         flat = None if where is None else where.reshape(-1)
-        return head.losses(hidden, labels.reshape(-1), flat, self._model.backbone.embedding.tokens)
+        return head.losses(hidden, labels.reshape(-1), flat, self._model.token_embedding)
 
     def full_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         whole = replicate_tokens(hidden, self._model.parallel)

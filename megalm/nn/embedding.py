@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
 from megalm.nn.microbatch import Microbatch
 from megalm.nn.module import ParallelModule
 from megalm.parallel.collectives import exit_tensor_region
-from megalm.parallel.layout import Init, Shard, even_ranges
+from megalm.parallel.layout import Init, Layout, Part, Shard, even_ranges
 from megalm.parallel.mesh import ParallelContext
 
 
 class VocabParallelEmbedding(ParallelModule):
-    """Each rank holds a range of the vocabulary's rows; a token's vector comes from the rank that has it."""
+    """Each rank holds a range of the vocabulary's rows; a token's vector comes from the rank that has it.
 
-    def __init__(self, parallel: ParallelContext, vocab_size: int, width: int, init: Init) -> None:
+    ``tied``: as in :class:`Layout`.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        vocab_size: int,
+        width: int,
+        init: Init,
+        tied: Literal["owner", "copy"] | None = None,
+    ) -> None:
         super().__init__(parallel)
         ranges = even_ranges(vocab_size, parallel.tp.size)
         self.first_row, self.last_row = ranges[parallel.tp.index]
-        self.weight = self.declare_shard("weight", (vocab_size, width), init, Shard("tp", 0, ranges))
+        part = Part((vocab_size, width), shard=Shard("tp", 0, ranges))
+        self.weight = self.declare("weight", Layout((part,), init, tied=tied))
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Vectors of all tokens (T,), token-sharded under SP: (T or T / tp, H)."""

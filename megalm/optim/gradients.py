@@ -18,7 +18,9 @@ _BUCKET_ELEMENTS = 8 << 20
 
 
 def finish_gradients(weights: Weights) -> None:
-    """Sum gradients where each rank has a part: partial ones, rows that ranks share, then data-parallel ranks."""
+    """Sum gradients where each rank has a part: partial ones, rows that ranks share, data-parallel ranks, and what both
+    ends of the pipeline have.
+    """
     parallel = weights.parallel
     gradients = {name: weights.gradient(name) for name in weights.masters}
     with phase("finish gradients"):
@@ -26,19 +28,23 @@ def finish_gradients(weights: Weights) -> None:
         all_reduce_coalesced((g for name, g in gradients.items() if "tp" in weights.layouts[name].partial), parallel.tp)
         sum_overlaps(weights.gradient_pieces(), {"tp": parallel.tp})
         all_reduce_coalesced(gradients.values(), parallel.dp)
+        for name, gradient in gradients.items():
+            if weights.layouts[name].tied is not None:
+                parallel.ends.all_reduce(gradient)
 
 
 def all_reduce_coalesced(tensors: Iterable[torch.Tensor], group: Group) -> None:
     """Sum tensors of one dtype in place over the group, in few large messages."""
     if group.alone:
         return
-    for bucket in _buckets(tensors):
+    for bucket in buckets(tensors):
         flat = group.all_reduce(torch.cat([t.reshape(-1) for t in bucket]))
         for tensor, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
 
-def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors in runs of about :data:`_BUCKET_ELEMENTS` elements."""
     bucket: list[torch.Tensor] = []
     elements = 0
     for tensor in tensors:
@@ -55,16 +61,14 @@ def global_norm(weights: Weights) -> torch.Tensor:
     """The 2-norm of the whole gradient, every logical element counted once: float64, 0-d, the same on every rank."""
     norms = []
     for piece in weights.gradient_pieces():
-        # Data-parallel ranks hold the same sums, so ownership is asked for the first of them.
-        owned = piece.part.owned({**weights.parallel.indices, "dp": 0})
-        if owned is not None:
-            norms.append(torch.linalg.vector_norm(piece.view(owned), dtype=torch.float64))
+        if piece.owned is not None:
+            norms.append(torch.linalg.vector_norm(piece.view(piece.owned), dtype=torch.float64))
     device = weights.parallel.device
     squares = (
         torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
     )
     with phase("gradient norm"):
-        return weights.parallel.tp.all_reduce(squares).sqrt()
+        return weights.parallel.pp.all_reduce(weights.parallel.tp.all_reduce(squares)).sqrt()
 
 
 def clip_gradients(weights: Weights, norm: float, limit: float) -> None:

@@ -51,11 +51,16 @@ class Weights:
 
     def pieces(self) -> list[Piece]:
         """The logical tensors of all weights as this rank holds them."""
-        return self._pieces({name: master.detach() for name, master in self.masters.items()})
+        masters = {name: master.detach() for name, master in self.masters.items()}
+        return self._pieces(masters, self.parallel.indices)
 
     def gradient_pieces(self) -> list[Piece]:
-        """The logical tensors of all gradients; zeros where nothing flowed."""
-        return self._pieces({name: self.gradient(name) for name in self.masters})
+        """The logical tensors of all gradients; zeros where nothing flowed.
+
+        Data-parallel ranks come to hold the same sums, and each of them owns what the first does.
+        """
+        gradients = {name: self.gradient(name) for name in self.masters}
+        return self._pieces(gradients, {**self.parallel.indices, "dp": 0})
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient of one weight, made zero where nothing flowed, so that every rank has the same tensors."""
@@ -74,9 +79,9 @@ class Weights:
         for parameter, master in self._rounded:
             parameter.data.copy_(master)
 
-    def _pieces(self, tensors: dict[str, torch.Tensor]) -> list[Piece]:
+    def _pieces(self, tensors: dict[str, torch.Tensor], indices: dict[str, int]) -> list[Piece]:
         return [
             piece
             for name, tensor in tensors.items()
-            for piece in pieces(name, self.layouts[name], tensor, self.parallel.indices)
+            for piece in pieces(name, self.layouts[name], tensor, indices)
         ]

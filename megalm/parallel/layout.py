@@ -93,6 +93,8 @@ class Layout:
     init: Init
     partial: tuple[str, ...] = ()
     """Axes on which each rank's gradient is a part of a sum."""
+    tied: Literal["owner", "copy"] | None = None
+    """Both ends of the pipeline have this parameter, and its gradient is the sum of both. The owner answers for it."""
 
     def local_shape(self, indices: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the parameter on a rank."""
@@ -135,7 +137,8 @@ def pieces(parameter: str, layout: Layout, tensor: torch.Tensor, indices: Mappin
         held = part.held(indices)
         rows = held[0][1] - held[0][0]
         view = tensor.narrow(0, row, rows)
-        out.append(Piece(logical_name(parameter, part), part, view, held, part.owned(indices)))
+        owned = None if layout.tied == "copy" else part.owned(indices)
+        out.append(Piece(logical_name(parameter, part), part, view, held, owned))
         row += rows
     return out
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megalm.optim.gradients import _buckets as buckets
+from megalm.optim.gradients import buckets as buckets
 from megalm.parallel.layout import Layout
 from megalm.plan.entries import Entry, entry
 from megalm.plan.recording import Grid

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megalm.model.language_model import LanguageModel
+from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.module import materialise
 from megalm.optim.gradients import all_reduce_coalesced, finish_gradients, global_norm
 from megalm.optim.weights import DTYPES, Weights
@@ -58,21 +58,24 @@ def gradients_of(
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
     out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})
-    out.update(whole_gradients(weights))
+    out.update(whole_gradients(weights, logical_shapes(prepared.spec)))
     return out
 
 
-def whole_gradients(weights: Weights) -> dict[str, torch.Tensor]:
-    """Every logical gradient, whole, on every rank."""
-    parallel, whole = weights.parallel, {}
-    for piece in weights.gradient_pieces():
-        tensor = piece.local.new_zeros(piece.part.shape)
-        owned = piece.part.owned({**parallel.indices, "dp": 0})
-        if owned is not None:
-            tensor[tuple(slice(*r) for r in owned)] = piece.view(owned)
-        whole[piece.name] = tensor
-    for dtype in {tensor.dtype: None for tensor in whole.values()}:
-        all_reduce_coalesced((tensor for tensor in whole.values() if tensor.dtype == dtype), parallel.tp)
+def whole_gradients(weights: Weights, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
+    """Every logical gradient, whole, on every rank.
+
+    ``shapes``: of all logical tensors, where a rank has not all of them (:func:`logical_shapes`).
+    """
+    parallel, pieces = weights.parallel, weights.gradient_pieces()
+    shapes = shapes or {piece.name: piece.part.shape for piece in pieces}
+    dtype = pieces[0].local.dtype
+    whole = {name: torch.zeros(shape, dtype=dtype, device=parallel.device) for name, shape in shapes.items()}
+    for piece in pieces:
+        if piece.owned is not None:
+            whole[piece.name][tuple(slice(*r) for r in piece.owned)] = piece.view(piece.owned)
+    for group in (parallel.tp, parallel.pp):
+        all_reduce_coalesced(whole.values(), group)
     return {name: tensor.cpu() for name, tensor in whole.items()}
 
 

@@ -36,7 +36,7 @@ def sample_text(
         # context then, so that it never exceeds it.
         padded = window + [0] * (-len(window) % (model.parallel.tp.size if model.parallel.sp else 1))
         batch = make_microbatch({"tokens": torch.tensor([padded], device=model.parallel.device)}, model.parallel)
-        logits = model.logits_at(batch, len(window) - 1)[0, : tokenizer.vocab_size].double().cpu().numpy()
+        logits = model.logits(batch, model(batch), len(window) - 1)[0, : tokenizer.vocab_size].double().cpu().numpy()
         ids.append(_draw(logits, temperature, top_k, rng.uniform(key, len(logits), (number, 0, 0))))
     return _decode(tokenizer, ids)
 
