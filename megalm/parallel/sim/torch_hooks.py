@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -145,6 +146,31 @@ def _create(options: Any, _: Any) -> dist.ProcessGroup:
     return group
 
 
+@cache
+def _outlive_ranks() -> None:
+    """Have torch replace its CUDA device guard, where there is no CUDA device, in a thread that ends with the process.
+
+    The first fake tensor of a process (DTensor and FSDP2 make them) does that. In torch 2.11 the new guard belongs to
+    the thread of that tensor but serves all, so once a rank's thread has ended the process crashes (pytorch pull
+    request 178950). A torch without a CUDA build, or without this function, has nothing to replace.
+    """
+    replace = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    if replace is None or not torch.backends.cuda.is_built() or torch.cuda.is_available():
+        return
+    if threading.current_thread() is threading.main_thread():
+        replace()
+        return
+    replaced = threading.Event()
+
+    def stay() -> None:
+        replace()
+        replaced.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stay, name="keeps torch's device guard", daemon=True).start()
+    replaced.wait()
+
+
 @contextmanager
 def installed(make_group: MakeGroup) -> Iterator[None]:
     """Simulate inside the block: a rank's new process groups come from ``make_group(name, world ranks)``.
@@ -158,6 +184,7 @@ def installed(make_group: MakeGroup) -> Iterator[None]:
 
     outside, hook = c10d._world, sys.excepthook
     try:
+        _outlive_ranks()
         if not hasattr(dist.Backend, BACKEND.upper()):
             dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
         c10d._world = _WorldOfThisThread(outside, make_group)  # type: ignore[assignment]

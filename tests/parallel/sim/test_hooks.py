@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -72,3 +73,32 @@ def test_a_real_group_of_the_caller_is_left_alone() -> None:
         assert torch.equal(x, torch.ones(2))
     finally:
         dist.destroy_process_group()
+
+
+FAKE_TENSORS = """
+import threading
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from megalm.parallel.sim import run_simulated
+
+def rank(parallel):
+    with FakeTensorMode():
+        return tuple(torch.empty(2, 3).t().shape)
+
+def runs():
+    for _ in range(2):
+        assert run_simulated(rank, dp=2) == [(3, 2)] * 2
+
+{start}
+runs()
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("start", ["runs()", "t = threading.Thread(target=runs); t.start(); t.join()"])
+def test_fake_tensors_in_one_world_after_another(start: str) -> None:
+    """What torch keeps for a process must not end with the thread of a rank; torch 2.11 for CUDA crashed."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FAKE_TENSORS.format(start=start)], capture_output=True, text=True, timeout=120
+    )
+    assert (ran.returncode, ran.stdout) == (0, "alive\n"), ran.stderr
