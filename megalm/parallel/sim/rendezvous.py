@@ -2,12 +2,15 @@
 
 The n-th collective of a rank in a group meets the n-th of every other, as NCCL has it; if they are not the same
 operation on the same shapes, that is an error which names both callers. A send meets the receive of the same source,
-destination and tag, first come, first served.
+destination and tag, first come, first served; their shapes may differ in dimensions of one, as they do in torch's own
+pipelines.
 """
 
 from __future__ import annotations
 
 from collections import deque
+
+import torch
 
 from megalm.parallel.sim.errors import MismatchError
 from megalm.parallel.sim.operation import Operation
@@ -54,13 +57,18 @@ def post_p2p(op: Operation) -> tuple[Operation, Operation] | None:
         return None
     peer = waiting.popleft()
     send, receive = (op, peer) if op.kind == "send" else (peer, op)
-    if send.inputs[0].dtype != receive.outputs[0].dtype or send.inputs[0].shape != receive.outputs[0].shape:
+    if _content(send.inputs[0]) != _content(receive.outputs[0]):
         raise MismatchError(
             f"rank {send.rank} sends {spell(send.inputs[0])} to rank {receive.rank}, which expects "
             f"{spell(receive.outputs[0])}:\n"
             + "\n".join(f"  rank {o.rank}: {o}\n{o.place_in_code('      ')}" for o in (send, receive))
         )
     return send, receive
+
+
+def _content(tensor: torch.Tensor) -> tuple[torch.dtype, list[int]]:
+    """What tensors have in common that hold the same elements in the same places."""
+    return tensor.dtype, [size for size in tensor.shape if size != 1]
 
 
 def other_tags(op: Operation) -> list[int]:

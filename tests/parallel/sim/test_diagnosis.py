@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -161,7 +162,12 @@ def test_disagreements(what: str, spelled: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "spelled"), [(torch.zeros(3, 4), "float32[3, 4]"), (torch.zeros(2, 4).int(), "int32[2, 4]")]
+    ("wrong", "spelled"),
+    [
+        (torch.zeros(3, 4), "float32[3, 4]"),
+        (torch.zeros(4, 2), "float32[4, 2]"),
+        (torch.zeros(2, 4).int(), "int32[2, 4]"),
+    ],
 )
 def test_messages_of_different_shapes_or_dtypes(wrong: torch.Tensor, spelled: str) -> None:
     def program(parallel: ParallelContext, repaired: bool = False) -> None:
@@ -174,6 +180,23 @@ def test_messages_of_different_shapes_or_dtypes(wrong: torch.Tensor, spelled: st
     assert f"rank 0 sends float32[2, 4] to rank 1, which expects {spelled}" in message
     assert message.count("test_diagnosis.py:") == 2, "both call sites"
     run_simulated(lambda parallel: program(parallel, repaired=True), dp=2)
+
+
+@pytest.mark.parametrize(("sent", "expected"), [((), (1,)), ((1, 3), (3, 1, 1))])
+def test_dimensions_of_one_do_not_count_in_messages(sent: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """torch's pipelining (2.11) receives a scalar into a tensor of one."""
+
+    def program(parallel: ParallelContext) -> torch.Tensor | None:
+        x = torch.arange(math.prod(sent)) + 5
+        if parallel.rank == 0:
+            dist.send(x.view(sent), 1)
+            return None
+        out = torch.zeros(expected, dtype=x.dtype)
+        dist.recv(out, 0)
+        assert torch.equal(out, x.view(expected))
+        return out
+
+    run_simulated(program, dp=2)
 
 
 def test_uneven_all_to_all() -> None:
