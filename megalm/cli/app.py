@@ -17,6 +17,7 @@ from megalm.cli.lazy import lazy_group
 from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
+from megalm.cli.schedule import schedule
 from megalm.errors import UsageError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command()(check_plugin)
 app.command()(new_plugin)
 app.command()(config)
 app.command()(plan)
+app.command()(schedule)
 app.add_typer(
     typer.Typer(
         name="data",

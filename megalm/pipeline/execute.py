@@ -33,7 +33,7 @@ class Times:
 def execute(order: PipelineOrder, costs: Costs) -> Times:
     """Run an order. Stops where no rank can go on, see :meth:`Times.stuck`; an action that nobody computes is not
     waited for."""
-    duration, latency = durations(costs), _exact(costs.comm)
+    duration, latency = durations(costs), exact(costs.comm)
     places = Places(order)
     ranks = len(order.ranks)
     times = Times(*([[] for _ in range(ranks)] for _ in range(3)))  # type: ignore[arg-type]
@@ -68,9 +68,9 @@ def execute(order: PipelineOrder, costs: Costs) -> Times:
 def durations(costs: Costs) -> Callable[[int, Action], Fraction]:
     """Exact cost of an action on a rank."""
     base = (costs.forward, costs.backward, costs.weight)
-    of_stage = [tuple(map(_exact, stage)) for stage in costs.stages or ()]
-    factor = [_exact(value) for value in costs.ranks or ()]
-    default = tuple(map(_exact, base))
+    of_stage = [tuple(map(exact, stage)) for stage in costs.stages or ()]
+    factor = [exact(value) for value in costs.ranks or ()]
+    default = tuple(map(exact, base))
 
     def duration(rank: int, action: Action) -> Fraction:
         f, b, w = of_stage[action.stage] if of_stage else default
@@ -80,6 +80,6 @@ def durations(costs: Costs) -> Callable[[int, Action], Fraction]:
     return duration
 
 
-def _exact(value: float) -> Fraction:
+def exact(value: float) -> Fraction:
     """The decimal that is written, not the binary number next to it: 0.1 is a tenth."""
     return Fraction(repr(float(value)))

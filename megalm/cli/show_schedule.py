@@ -1,0 +1,88 @@
+"""What ``megalm schedule`` prints for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megalm.pipeline.report import MEASURES, Report
+from megalm.pipeline.text import draw, too_long
+from megalm.plugin.contract.pipeline import BubbleFormula
+
+MOST_RANKS = 64
+"""More are neither drawn nor listed one by one."""
+_RANKS_NOTE = """\
+peak: activations held at a time, one for each stage and microbatch, from F to the end of B, and to the end of W
+inbox: messages that have come and are not used yet, at most"""
+
+
+def show(report: Report) -> None:
+    """Timeline, figures, and a table of ranks."""
+    console = Console(highlight=False)
+    piped = not console.is_terminal  # a pipe or a file has no width to fold lines to
+    width = None if piped else console.width
+    if piped:
+        console = Console(width=100_000, highlight=False)
+    console.print(Text(f"{report.name}: {report.shape}", style="bold"))
+    if report.reference:
+        console.print(Text(report.reference, style="dim"))
+    console.print()
+    if len(report.order.ranks) > MOST_RANKS or too_long(report.timeline, report.order.placement):
+        console.print("Too long to draw in characters; --svg FILE draws it.")
+    else:
+        for line in draw(report.timeline, report.order.placement, width):
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+        console.print(Text(_legend(report), style="dim"))
+    console.print()
+    console.print(_figures(report))
+    console.print()
+    console.print(_ranks(report))
+    console.print(Text(_RANKS_NOTE, style="dim"))
+
+
+def _legend(report: Report) -> str:
+    several = report.order.stages_per_rank > 1
+    return "F forward, B gradient of input, W of weights, BW both; then the microbatch" + (
+        "; a, b, ... the rank's first, second, ... stage" if several else ""
+    )
+
+
+def _figures(report: Report) -> Table:
+    timeline, costs = report.timeline, report.costs
+    table = Table(box=None, show_header=False, pad_edge=False)
+    given = f"F {costs.forward:g}, B {costs.backward:g}, W {costs.weight:g}, comm {costs.comm:g}"
+    table.add_row("costs", Text(given))
+    table.add_row("makespan", f"{timeline.makespan:.6g}; no order with this placement is below {report.bound:.6g}")
+    table.add_row("bubble", f"{timeline.idle_fraction:.4f}  {MEASURES['idle']}")
+    table.add_row("", f"{timeline.span_bubble:.4f}  {MEASURES['span']}")
+    table.add_row("formula", Text(_formula(report, report.formula) if report.formula else "none is published"))
+    return table
+
+
+def _formula(report: Report, formula: BubbleFormula) -> str:
+    found = report.measured(formula)
+    value = "" if formula.text == f"{formula.value:g}" else f" = {formula.value:.4f}"
+    head = f"{formula.text}{value} of {MEASURES[formula.measure]}; simulated: {found:.4f}"
+    return head if formula.holds else f"{head}. It assumes what is not all so here: {formula.premises}"
+
+
+def _ranks(report: Report) -> Table:
+    table = Table("rank", "stages", "work", "span", "idle", box=None, pad_edge=False, header_style="bold")
+    for header in ("peak F to B", "peak F to W", "inbox"):
+        table.add_column(header)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    work, spans, makespan = report.timeline.work, report.timeline.spans, report.timeline.makespan
+    for rank, peaks in list(enumerate(report.verified.peaks))[:MOST_RANKS]:
+        table.add_row(
+            str(rank),
+            " ".join(map(str, report.order.stages_of(rank))),
+            f"{work[rank]:.6g}",
+            f"{spans[rank]:.6g}",
+            f"{makespan - work[rank]:.6g}",
+            str(peaks.activations),
+            str(peaks.until_weights),
+            str(peaks.inbox),
+        )
+    return table
