@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,8 +89,10 @@ def check_plugin(
             for target in chosen:
                 results: list[Result] = []
                 rows.append((target, results))
-                with view.table(f"{target}: {layouts}, seed {seed}") as table:
-                    for result in _results(target, manager, sets or [], layouts == "full", seed, table):
+                with view.preparing():
+                    prepared = _prepare(target, manager, sets or [], layouts == "full", seed)
+                with prepared, view.table(f"{target}: {layouts}, seed {seed}") as table:
+                    for result in _results(target, manager, prepared, table):
                         results.append(result)
                         table.add(result)
                 view.failures(results)
@@ -106,51 +109,66 @@ def check_plugin(
         raise typer.Exit(1)
 
 
-def _results(
-    target: Target, manager: PluginManager, settings: Sequence[str], full: bool, seed: int, table: View.Table
-) -> Iterator[Result]:
-    """Every check's result, as it ends. ConfigError for settings that the component refuses."""
-    from megalm.errors import ConfigError
-    from megalm.testing.check import Result, run_checks
-    from megalm.testing.component_checks import component_checks
+@dataclass
+class _Prepared:
+    """A component that is ready to be examined, or what is in the way."""
 
-    began = time.perf_counter()
-    table.running("preparing")
     checks: tuple[Any, ...] = ()
     subject: Any = None
-    wrong = ""
+    wrong: str = ""
+    seconds: float = 0.0
+
+    def __enter__(self) -> _Prepared:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.subject is not None:
+            self.subject.close()
+
+
+def _prepare(target: Target, manager: PluginManager, settings: Sequence[str], full: bool, seed: int) -> _Prepared:
+    """Import the checks and make their subject. ConfigError for settings of the command line that are refused."""
+    from megalm.errors import ConfigError, MegalmError
+
+    began = time.perf_counter()
+    found = _Prepared()
     try:
         package, attribute = _HOMES[target.kind]
-        checks = importlib.import_module(f"{package}.checks").CHECKS
+        found.checks = importlib.import_module(f"{package}.checks").CHECKS
         make = getattr(importlib.import_module(f"{package}.subject"), attribute)
-        subject = make(target.name, manager=manager, settings=tuple(settings), full=full, seed=seed)
+        found.subject = make(target.name, manager=manager, settings=tuple(settings), full=full, seed=seed)
     except ConfigError as error:
         if settings:
             raise
-        wrong = str(error)
-    except Exception as error:
-        from megalm.errors import MegalmError
+        found.wrong = str(error)
+    except MegalmError as error:
+        found.wrong = str(error)
+    except Exception:
+        found.wrong = traceback.format_exc().rstrip()
+    found.seconds = time.perf_counter() - began
+    return found
 
-        wrong = str(error) if isinstance(error, MegalmError) else traceback.format_exc().rstrip()
-    prepared = time.perf_counter() - began
+
+def _results(target: Target, manager: PluginManager, prepared: _Prepared, table: View.Table) -> Iterator[Result]:
+    """Every check's result, as it ends."""
+    from megalm.testing.check import Result, run_checks
+    from megalm.testing.component_checks import component_checks
+
+    # These ask for no more than a name, so that they can tell why a subject could not be made.
     shared = component_checks(target.kind)
     plain = SimpleNamespace(manager=manager, name=target.name)
-    try:
-        for check in shared:
+    for check in shared:
+        table.running(check.name)
+        yield from run_checks([check], plain)
+    if prepared.subject is None:
+        text = f"{prepared.wrong}\nso the other checks could not be run"
+        yield Result("preparation", "It can be set up as the checks need it", "failed", text, prepared.seconds)
+        return
+    already = {check.name for check in shared}
+    for check in prepared.checks:
+        if check.name not in already:
             table.running(check.name)
-            yield from run_checks([check], plain)
-        if subject is None:
-            text = f"{wrong}\nso the other checks could not be run"
-            yield Result("preparation", "It can be set up as the checks need it", "failed", text, prepared)
-            return
-        already = {check.name for check in shared}
-        for check in checks:
-            if check.name not in already:
-                table.running(check.name)
-                yield from run_checks([check], subject)
-    finally:
-        if subject is not None:
-            subject.close()
+            yield from run_checks([check], prepared.subject)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ class View:
             """A check has ended."""
             ...
 
+    def preparing(self) -> contextlib.AbstractContextManager[object]:
+        """Something to look at while torch is imported and a subject is made."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def table(self, title: str) -> Iterator[Table]:
         """A table for one component."""
@@ -52,6 +56,9 @@ def view_for(json: bool) -> View:
 class _OnConsole(View):
     def __init__(self, console: Console) -> None:
         self.console = console
+
+    def preparing(self) -> contextlib.AbstractContextManager[object]:
+        return self.console.status("preparing") if self.console.is_terminal else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def table(self, title: str) -> Iterator[View.Table]:

@@ -25,7 +25,7 @@ from megalm.plugin.registry import singular
 SUMMARIES = {
     "objectives": "next-token prediction that scores one position of every n",
     "tokenizers": "the most frequent characters, and bytes for all others",
-    "heads": "a label for a text",
+    "heads": "a label for a text, from the mean of its vectors",
 }
 """What the plugin of each kind's template does; ``megalm plugins`` lists it."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -24,7 +24,8 @@ class ShuffledTokens(Objective):
     Config = ShuffledTokensConfig
 
     def needs(self):
-        tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}
+        # Labels are kept whole wherever a row's positions may be split, as full_sequence gives whole rows.
+        tensors = {"tokens": TensorSpec(), "labels": TensorSpec(("batch", "place"), to="last")}
         return Needs("bidirectional", tensors, lm_head=False, heads=(HeadSpec("in_place", outputs=2),))
 
     def weights(self):
@@ -49,7 +50,7 @@ class ShuffledTokens(Objective):
         return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
 
     def counts(self, batch):
-        return {"shuffled": batch["labels"].size}
+        return {"shuffled": len(batch["labels"])}  # the items of an example-scope term are rows
 
     def loss(self, hidden, batch, ctx):
         from torch.nn.functional import cross_entropy
@@ -57,4 +58,4 @@ class ShuffledTokens(Objective):
         # The context gathers the hidden vectors, whatever shards the layout makes of a row.
         logits = ctx.head("in_place", ctx.full_sequence(hidden))
         loss = cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
-        return {"shuffled": Term(loss, scope="example")}
+        return {"shuffled": Term(loss / self.env.sequence_length, scope="example")}
