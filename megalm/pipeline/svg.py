@@ -15,7 +15,7 @@ from megalm.pipeline.simulate import Record, Timeline
 from megalm.plugin.contract.pipeline import ActionKind
 
 LANE, GAP, LEFT, TOP = 24, 4, 64, 58
-NARROWEST, WIDEST = 640, 16_000
+NARROWEST, WIDEST = 760, 16_000
 """Pixels of the time axis."""
 KINDS = {
     ActionKind.F: "forward",
@@ -28,7 +28,7 @@ svg { color-scheme: light dark; font: 12px system-ui, -apple-system, "Segoe UI",
   --page: #ffffff; --ink: #16191f; --soft: #5c6470; --lane: #eef0f4; --grid: #d5d9e0; --on: #ffffff;
   --F0: #2563eb; --F1: #1e3a8a; --B0: #0f7a55; --B1: #064e3b; --W0: #b45309; --W1: #78350f; --BW0: #7e3fb5;
   --BW1: #4c1d80; }
-@media (prefers-color-scheme: dark) { svg { --page: #0e1116; --ink: #e8ebf0; --soft: #a0a9b6; --lane: #1b212a;
+@media (prefers-color-scheme: dark) { svg { --page: #0e1116; --ink: #e8ebf0; --soft: #a0a9b6; --lane: #252d38;
   --grid: #313a46; --on: #0e1116; --F0: #8ab8ff; --F1: #5490f5; --B0: #6fd6a5; --B1: #35a877; --W0: #f5c271;
   --W1: #d3953a; --BW0: #cfa5ff; --BW1: #a56ae8; } }
 .page { fill: var(--page); } .lane { fill: var(--lane); } text { fill: var(--ink); }
@@ -61,7 +61,8 @@ def render_svg(title: str, panels: Sequence[Panel], placement: Sequence[int], un
         part, y = _panel(panel, y, scale, turns, unit)
         body += part
     shades = {(kind, turns[stage] % 2) for panel in panels for _, (kind, stage, _), _, _ in panel.timeline.records}
-    full = LEFT + width + 24
+    legend, legend_end = _legend(shades, max(turns, default=0))
+    full = max(LEFT + width + 24, legend_end)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{full:.0f}" height="{y}" viewBox="0 0 {full:.0f} {y}" '
@@ -70,7 +71,7 @@ def render_svg(title: str, panels: Sequence[Panel], placement: Sequence[int], un
             f"<style>{_STYLE}{_fills()}</style>",
             f'<rect class="page" width="{full:.0f}" height="{y}"/>',
             f'<text class="head" x="12" y="24">{escape(title)}</text>',
-            *_legend(shades, max(turns, default=0)),
+            *legend,
             *body,
             "</svg>\n",
         ]
@@ -94,7 +95,8 @@ def _width(panels: Sequence[Panel], longest: float) -> float:
     return min(max(NARROWEST, 22 * longest / lengths[len(lengths) // 10]), WIDEST)
 
 
-def _legend(shades: set[tuple[ActionKind, int]], most: int) -> list[str]:
+def _legend(shades: set[tuple[ActionKind, int]], most: int) -> tuple[list[str], float]:
+    """Names of the colours, and where they end."""
     stage_words = ("", "")
     if most:
         stage_words = (", 1st stage", ", 2nd stage") if most == 1 else (", odd stages", ", even stages")
@@ -106,7 +108,7 @@ def _legend(shades: set[tuple[ActionKind, int]], most: int) -> list[str]:
                 out.append(f'<g class="{kind}{shade}"><rect x="{x:.0f}" y="34" width="11" height="11" rx="2"/></g>')
                 out.append(f'<text class="soft" x="{x + 16:.0f}" y="44">{label}</text>')
                 x += 34 + 6.3 * len(label)
-    return out
+    return out, x
 
 
 def _panel(panel: Panel, y: int, scale: float, turns: Sequence[int], unit: str) -> tuple[list[str], int]:

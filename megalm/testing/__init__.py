@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from megalm.testing.head.suite import HeadSuite
     from megalm.testing.objective.parity import assert_layout_parity
     from megalm.testing.objective.suite import ObjectiveSuite
+    from megalm.testing.schedule.suite import ScheduleSuite
     from megalm.testing.tokenizer.suite import TokenizerSuite
 
 __all__ = [
     "Fault",
     "HeadSuite",
     "ObjectiveSuite",
+    "ScheduleSuite",
     "SimulatedWorld",
     "TokenizerSuite",
     "assert_layout_parity",
@@ -30,6 +32,7 @@ _HOME_OF = {
     "Fault": "megalm.parallel.sim",
     "HeadSuite": "megalm.testing.head.suite",
     "ObjectiveSuite": "megalm.testing.objective.suite",
+    "ScheduleSuite": "megalm.testing.schedule.suite",
     "SimulatedWorld": "megalm.parallel.sim",
     "TokenizerSuite": "megalm.testing.tokenizer.suite",
     "assert_layout_parity": "megalm.testing.objective.parity",
