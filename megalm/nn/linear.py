@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from megalm.nn.module import ParallelModule
+from megalm.ops.linear import linear
 from megalm.parallel.collectives import enter_tensor_region, exit_tensor_region
 from megalm.parallel.layout import Init, Layout, Part, Range, Shard
 from megalm.parallel.mesh import ParallelContext
@@ -44,7 +44,7 @@ class ColumnParallelLinear(ParallelModule):
         self.bias = self.declare("bias", Layout(parts, ZERO)) if bias else None
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return F.linear(enter_tensor_region(x_TH, self.parallel), self.weight, self.bias)
+        return linear(enter_tensor_region(x_TH, self.parallel), self.weight, self.bias)
 
 
 class RowParallelLinear(ParallelModule):
@@ -59,8 +59,8 @@ class RowParallelLinear(ParallelModule):
 
     def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
         if self.parallel.tp.alone:
-            return F.linear(x_TF, self.weight, self.bias)
-        out = exit_tensor_region(F.linear(x_TF, self.weight), self.parallel)
+            return linear(x_TF, self.weight, self.bias)
+        out = exit_tensor_region(linear(x_TF, self.weight), self.parallel)
         return out if self.bias is None else out + self.bias
 
 
@@ -73,4 +73,4 @@ class ReplicatedLinear(ParallelModule):
         self.bias = self.declare_whole("bias", (out,), ZERO)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)

@@ -2,8 +2,7 @@
 
 Every collective of megalm is a method of :class:`Group`, which calls torch.distributed. NCCL, gloo and simulated groups
 run the same code; nothing else in the project may call a collective (a lint test sees to it). A group of one returns at
-once; ``MEGALM_NO_SHORT_CIRCUIT=1`` switches that off, to exercise a real
-backend with one rank.
+once; ``MEGALM_NO_SHORT_CIRCUIT=1`` switches that off, to exercise a real backend with one rank.
 
 Object collectives are forbidden because they pickle: what ranks tell each other is tensors or JSON.
 
@@ -15,8 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,31 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 def exercise_backend() -> bool:
     """Whether groups of one are to communicate all the same."""
     return os.environ.get("MEGALM_NO_SHORT_CIRCUIT") == "1"
+
+
+class Message(NamedTuple):
+    """One side of a message between two ranks of a group."""
+
+    direction: Literal["send", "recv"]
+    tensor: torch.Tensor
+    """What is sent, or where it is received; contiguous, and left alone until the message is waited for."""
+    peer: int
+    """The other rank's place on the axis."""
+    about: str
+    """What it is, for reports; both sides say the same."""
+
+
+class Posted:
+    """A message that is under way."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait: Callable[[], None] | None = wait
+
+    def wait(self) -> None:
+        """Return once the tensor may be used (on a device: once what is queued later will find it so)."""
+        if self._wait is not None:
+            wait, self._wait = self._wait, None
+            wait()
 
 
 class Group:
@@ -89,6 +114,38 @@ class Group:
             root = self.ranks[source]
             self._run("broadcast", x, lambda: dist.broadcast(x, src=root, group=self._handle), root=root)
         return x
+
+    def exchange(self, messages: Sequence[Message]) -> list[Posted]:
+        """Post sends and receives together, as one batch, and return at once; each has to be waited for.
+
+        Where two neighbours both send and both receive, a batch is what keeps NCCL from waiting in a circle.
+        """
+        calls = {"send": dist.isend, "recv": dist.irecv}
+        operations = [
+            dist.P2POp(calls[m.direction], m.tensor, self.ranks[m.peer], group=self._handle) for m in messages
+        ]
+        works = dist.batch_isend_irecv(operations)
+        if len(works) != len(messages):  # NCCL answers for the whole batch
+            works = works * len(messages)
+        return [
+            Posted(partial(self._wait_for, message, work)) for message, work in zip(messages, works, strict=True)
+        ]
+
+    def _wait_for(self, message: Message, work: dist.Work) -> None:
+        """Wait for one side of a message; a flight record knows it as the peer's affair as well."""
+        if self._flight is None:
+            work.wait()
+            return
+        peer, me = self.ranks[message.peer], self.ranks[self.index]
+        ranks = (me, peer) if message.direction == "send" else (peer, me)
+        line = self._flight.line(f"{self.axis} message", ranks)
+        mark = _mark if self._device.type == "cuda" else None
+        about = (
+            ("message", message.about),
+            ("dtype", message.tensor.dtype),
+            ("shape", tuple(message.tensor.shape)),
+        )
+        self._flight.fly(line, message.direction, about, work.wait, mark)
 
     def barrier(self) -> None:
         """Return once every rank of the group has called this."""

@@ -1,8 +1,8 @@
 """Executing a lowered schedule: actions and exchanges, one after the other, on one rank.
 
-The lists were verified before, so nothing here decides anything. A receive is posted where the list has it and waited for
-by the action that uses it; a send keeps its tensor until the end. What two stages of one rank say to each other is handed
-over in memory.
+The lists were verified before, so nothing here decides anything. A receive is posted where the list has it and waited
+for by the action that uses it; a send keeps its tensor until the end. What two stages of one rank say to each other is
+handed over in memory.
 """
 
 from __future__ import annotations
@@ -76,10 +76,14 @@ class _Run:
             if isinstance(step, Exchange):
                 self.exchange(step)
             else:
-                with phase(f"stage {step.stage} microbatch {step.microbatch} {_NAMES[step.kind]}"):
+                with phase(self.label(step)):
                     self.act(step)
         for posted, _ in self.sent:
             posted.wait()
+
+    def label(self, action: Action) -> str:
+        where = f"stage {action.stage} " if self.order.stages > 1 else ""
+        return f"{where}microbatch {action.microbatch}"
 
     def exchange(self, exchange: Exchange) -> None:
         tensors = [self.tensor_of(transfer) for transfer in exchange.transfers]
@@ -104,7 +108,8 @@ class _Run:
     def act(self, action: Action) -> None:
         kind, stage, microbatch = action
         if kind is ActionKind.W:
-            self.stages.weights(stage, microbatch)
+            with phase("weight gradients"):
+                self.stages.weights(stage, microbatch)
         elif kind is ActionKind.F:
             x = None if stage == 0 else self.take(Message("activation", stage - 1, stage, microbatch))
             out = self.stages.forward(stage, microbatch, x, split=(stage, microbatch) in self.split)
@@ -113,7 +118,8 @@ class _Run:
         else:
             last = stage == self.order.stages - 1
             grad = None if last else self.take(Message("gradient", stage + 1, stage, microbatch))
-            out = self.stages.backward(stage, microbatch, grad)
+            with phase("backward"):
+                out = self.stages.backward(stage, microbatch, grad)
             if out is not None:
                 self.leave(Message("gradient", stage, stage - 1, microbatch), out)
 
@@ -125,11 +131,3 @@ class _Run:
             self.arrived[message] = _Arrival(tensor)
         else:
             self.leaving[message] = tensor.contiguous()
-
-
-_NAMES = {
-    ActionKind.F: "forward",
-    ActionKind.B: "backward",
-    ActionKind.W: "weight gradients",
-    ActionKind.BW: "backward",
-}

@@ -16,6 +16,7 @@ from megalm.nn.module import materialise
 from megalm.optim.gradients import all_reduce_coalesced, finish_gradients, global_norm
 from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
+from megalm.pipeline.plan import Pipeline
 from megalm.train.feed import Rows, TrainFeed
 from megalm.train.prepare import Prepared
 from megalm.train.step import forward_backward
@@ -26,11 +27,16 @@ VANISHING = ("*.attention.k.bias",)
 
 
 def loss_and_gradients(
-    prepared: Prepared, parallel: ParallelContext, *, step: int = 0, micro_batch: int | None = None
+    prepared: Prepared,
+    parallel: ParallelContext,
+    *,
+    step: int = 0,
+    micro_batch: int | None = None,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loss, terms, gradient norm and every whole logical gradient of one training step, in the run's precision.
 
-    ``micro_batch`` overrides the configured one, to vary the accumulation.
+    ``micro_batch`` and ``pipeline`` override the configured ones.
     """
     config = prepared.resolved.config
     feed = TrainFeed(
@@ -42,19 +48,25 @@ def loss_and_gradients(
         dp_index=parallel.dp.index,
         dp_size=parallel.dp.size,
     )
-    return gradients_of(prepared, parallel, feed.step(step), step=step)
+    return gradients_of(prepared, parallel, feed.step(step), step=step, pipeline=pipeline)
 
 
 def gradients_of(
-    prepared: Prepared, parallel: ParallelContext, microbatches: list[Rows], *, step: int = 0
+    prepared: Prepared,
+    parallel: ParallelContext,
+    microbatches: list[Rows],
+    *,
+    step: int = 0,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, torch.Tensor]:
     """The same for microbatches of the caller's, this data-parallel rank's share of a step."""
     config = prepared.resolved.config
     dtype = DTYPES[config.train.precision]
-    model = LanguageModel(prepared.spec, parallel)
+    stages = None if pipeline is None else pipeline.stages_of(parallel.pp.index)
+    model = LanguageModel(prepared.spec, parallel, stages)
     materialise(model, parallel, config.run.seed, torch.float64 if dtype == torch.float64 else torch.float32)
     weights = Weights(model, parallel, dtype)
-    losses = forward_backward(model, prepared.objective, microbatches, seed=config.run.seed, step=step)
+    losses = forward_backward(model, prepared.objective, microbatches, seed=config.run.seed, step=step, pipeline=pipeline)
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
     out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})

@@ -7,8 +7,10 @@ that of the loss over the whole global batch, whatever the accumulation and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 
@@ -16,9 +18,16 @@ from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
+from megalm.pipeline.lower import lower
+from megalm.pipeline.plan import Pipeline, serial_order
+from megalm.pipeline.run import run_order
 from megalm.plugin.contract.objective import Term
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
+from megalm.train.stages import TrainingStages, forward_only
+
+AT_ONCE = 4
+"""Batches of an evaluation that go through the pipeline together, for each of its ranks."""
 
 
 @dataclass(frozen=True)
@@ -36,48 +45,53 @@ def forward_backward(
     *,
     seed: int,
     step: int,
+    pipeline: Pipeline | None = None,
 ) -> Losses:
-    """Add the gradient of the step's loss to the parameters; finish_gradients then sums it over ranks."""
+    """Add the gradient of the step's loss to the parameters; finish_gradients then sums it over ranks.
+
+    ``pipeline``: the one that the model's stages were cut for; default: one stage.
+    """
     parallel = model.parallel
     scored = sum_counts(objective, microbatches, parallel)
     sums = _Sums(objective, parallel.device)
-    for number, rows in enumerate(microbatches):
-        with phase(f"microbatch {number}"):
-            tensors = rows.tensors(parallel.device)
-            batch = make_microbatch(tensors, parallel, seed=seed, step=step, slots=rows.slots)
-            terms = _terms(model, objective, batch, tensors)
-            objective.check_terms(terms, objective.counts(rows.batch))
-            sums.add(terms)
-            scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
-            total = torch.stack(scaled).sum() if scaled else None
-            if total is not None and total.requires_grad:
-                with phase("backward"):
-                    total.backward()
+    tensors = [rows.tensors(parallel.device) for rows in microbatches]
+    batches = [
+        make_microbatch(each, parallel, seed=seed, step=step, slots=rows.slots)
+        for each, rows in zip(tensors, microbatches, strict=True)
+    ]
+
+    def loss(microbatch: int, hidden: torch.Tensor, batch: Microbatch) -> torch.Tensor | None:
+        terms = objective.loss(hidden, tensors[microbatch], model.context(batch))
+        objective.check_terms(terms, objective.counts(microbatches[microbatch].batch))
+        sums.add(terms)
+        scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
+        return torch.stack(scaled).sum() if scaled else None
+
+    order = lower(serial_order(len(microbatches))) if pipeline is None else pipeline.verified.lowered
+    run_order(order, TrainingStages(model, batches, loss), parallel.pp, parallel.device)
     return sums.losses(scored, parallel)
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, objective: TrainingObjective, batches: Iterable[Rows]) -> Losses:
+def evaluate(
+    model: LanguageModel, objective: TrainingObjective, batches: Iterable[Rows], pipeline: Pipeline | None = None
+) -> Losses:
     """Loss over the rows of all data-parallel ranks, without dropout."""
     parallel = model.parallel
     sums = _Sums(objective, parallel.device)
     local = dict.fromkeys(objective.weights, 0)
-    for number, rows in enumerate(batches):
-        with phase(f"batch {number}"):
-            tensors = rows.tensors(parallel.device)
-            sums.add(_terms(model, objective, make_microbatch(tensors, parallel), tensors))
-        for name, n in objective.counts(rows.batch).items():
-            local[name] += n
+    waiting = iter(batches)
+    while some := list(islice(waiting, AT_ONCE * parallel.pp.size)):
+        tensors = [rows.tensors(parallel.device) for rows in some]
+
+        def add(number: int, hidden: torch.Tensor, batch: Microbatch, tensors: Any = tensors) -> None:
+            sums.add(objective.loss(hidden, tensors[number], model.context(batch)))
+
+        forward_only(model, [make_microbatch(each, parallel) for each in tensors], add, pipeline)
+        for rows in some:
+            for name, n in objective.counts(rows.batch).items():
+                local[name] += n
     return sums.losses(_over_ranks(local, parallel), parallel)
-
-
-def _terms(
-    model: LanguageModel, objective: TrainingObjective, batch: Microbatch, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, Term]:
-    with phase("forward"):
-        hidden = model(batch)
-    with phase("loss"):
-        return objective.loss(hidden, tensors, model.context(batch))
 
 
 def sum_counts(objective: TrainingObjective, microbatches: Iterable[Rows], parallel: ParallelContext) -> dict[str, int]:
@@ -113,6 +127,7 @@ class _Sums:
 
     def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
         with phase("sum losses"):
-            sums = parallel.dp.all_reduce(self._sums).tolist()
+            # Only ranks with the pipeline's last stage have added anything.
+            sums = parallel.pp.all_reduce(parallel.dp.all_reduce(self._sums)).tolist()
         means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums, strict=True)}
         return Losses(sum(self._weights[name] * mean for name, mean in means.items()), means)

@@ -1,0 +1,80 @@
+"""Linear layers whose weight gradients may wait.
+
+A pipeline's neighbour waits for the gradient of a stage's input, and nobody for those of its weights. Inside
+``with later.collect():`` a linear layer's backward therefore computes only the former and leaves the latter to
+:meth:`WeightGradients.compute`. Norms, embeddings and the vocabulary's head, which have no products to put off or whose
+products serve both, are not put off. (Qi et al., "Zero Bubble Pipeline Parallelism", 2024.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class WeightGradients:
+    """Gradients of weights that were put off, of one forward."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Linear layers that run inside put their weight gradients off."""
+        token = _collecting.set(self)
+        try:
+            yield
+        finally:
+            _collecting.reset(token)
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Put work off."""
+        self._waiting.append(work)
+
+    def compute(self) -> None:
+        """Compute what was put off, in that order, and add it to the parameters' gradients."""
+        waiting, self._waiting = self._waiting, []
+        for work in waiting:
+            work()
+
+
+_collecting: ContextVar[WeightGradients | None] = ContextVar("megalm_weight_gradients", default=None)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``: (..., in), (out, in) and (out) to (..., out)."""
+    later = _collecting.get()
+    if later is None or not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    out: torch.Tensor = _Later.apply(x, weight, bias, later)
+    return out
+
+
+class _Later(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, later: WeightGradients
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.later = bias, later
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        bias, ctx.bias = ctx.bias, None
+
+        def compute() -> None:
+            rows = grad.reshape(-1, grad.shape[-1])
+            if weight.requires_grad:
+                torch.autograd.backward(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
+            if bias is not None and bias.requires_grad:
+                torch.autograd.backward(bias, rows.sum(dim=0))
+
+        ctx.later.add(compute)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
