@@ -58,7 +58,7 @@ def check_plugin(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="For tokenizers a setting of training (vocab_size=300); for others a key of a run "
+            help="For a tokenizer or a head one of its settings (vocab_size=300); for an objective a key of a run "
             "(objective.mlm.mask_prob=0.3). May be repeated.",
         ),
     ] = None,
