@@ -153,10 +153,15 @@ def _outlive_ranks() -> None:
     The first fake tensor of a process (DTensor and FSDP2 make them) does that. In torch 2.11 the new guard belongs to
     the thread of that tensor but serves all, so once a rank's thread has ended the process crashes (pytorch pull
     request 178950). A torch without a CUDA build, or without this function, has nothing to replace.
+
+    The new guard claims devices, for which the first backward would start threads; a process that has such threads
+    cannot be forked any more. So a first backward comes before.
     """
     replace = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
     if replace is None or not torch.backends.cuda.is_built() or torch.cuda.is_available():
         return
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.ones((), device="cpu", requires_grad=True).backward()
     if threading.current_thread() is threading.main_thread():
         replace()
         return

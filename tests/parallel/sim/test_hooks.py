@@ -76,6 +76,7 @@ def test_a_real_group_of_the_caller_is_left_alone() -> None:
 
 
 FAKE_TENSORS = """
+import os
 import threading
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,15 +90,29 @@ def runs():
     for _ in range(2):
         assert run_simulated(rank, dp=2) == [(3, 2)] * 2
 
+def backward():
+    torch.ones(2, requires_grad=True).sum().backward()
+
 {start}
 runs()
+backward()
+if not (child := os.fork()):
+    try:
+        backward()
+        os._exit(0)
+    finally:
+        os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
 print("alive")
 """
 
 
 @pytest.mark.parametrize("start", ["runs()", "t = threading.Thread(target=runs); t.start(); t.join()"])
 def test_fake_tensors_in_one_world_after_another(start: str) -> None:
-    """What torch keeps for a process must not end with the thread of a rank; torch 2.11 for CUDA crashed."""
+    """What torch keeps for a process must not end with the thread of a rank; torch 2.11 for CUDA crashed.
+
+    Nor may the process lose the ability to fork, as real ranks in tests need.
+    """
     ran = subprocess.run(
         [sys.executable, "-c", FAKE_TENSORS.format(start=start)], capture_output=True, text=True, timeout=120
     )
