@@ -1,8 +1,8 @@
 """A microbatch enters every six moments, and each rank repeats one beat of six actions.
 
-Stages lie in a V, so a microbatch passes each rank four times: F down, F up, B up, B down. Because nothing ever waits, a
-rank holds few activations; because nothing hurries, the pipeline fills and drains slowly. The idea is that of Qi et al.,
-Pipeline Parallelism with Controllable Memory, 2024.
+Stages lie in a V, so a microbatch passes each rank four times: F down, F up, B up, B down. Because nothing ever waits,
+a rank holds few activations; because nothing hurries, the pipeline fills and drains slowly. The idea is that of Qi et
+al., Pipeline Parallelism with Controllable Memory, 2024.
 """
 
 from megalm.api import Action, ActionKind, PipelineOrder, PipelineSchedule, v_placement

@@ -60,7 +60,7 @@ def _runs(subject: ScheduleSubject) -> str:
 
 
 def _lowered(subject: ScheduleSubject) -> str:
-    draw = subject.random("lowered")
+    draw = subject.draws("lowered")
     for shape in subject.admitted():
         order = subject.chosen.build(shape)
         costs = subject.costs(draw, order)
@@ -73,19 +73,19 @@ def _lowered(subject: ScheduleSubject) -> str:
 
 
 def _formula(subject: ScheduleSubject) -> str:
-    draw, held = subject.random("formula"), 0
+    draw, held = subject.draws("formula"), 0
     for shape in subject.admitted():
         order = subject.chosen.build(shape)
-        for costs in (Costs(), Costs(1, 1, 1, draw.random()), Costs(*(draw.uniform(0.1, 2) for _ in range(3)))):
+        uneven = Costs(draw.uniform(0.1, 2), draw.uniform(0.1, 2), draw.uniform(0.1, 2))
+        for costs in (Costs(), Costs(comm=draw.random()), uneven):
             formula = subject.chosen.schedule.formula(shape, costs)
             if formula is None or not formula.holds:
                 continue
             timeline = simulate(order, costs)
             found = timeline.idle_fraction if formula.measure == "idle" else timeline.span_bubble
             if abs(found - formula.value) > _EXACT:
-                raise CheckFailed(
-                    f"{shape} with {costs}: {formula.text} is {formula.value:.9f}, but the simulated bubble is {found:.9f}"
-                )
+                figures = f"{formula.text} is {formula.value:.9f}, but the simulated bubble is {found:.9f}"
+                raise CheckFailed(f"{shape} with {costs}: {figures}")
             held += 1
     if not held:
         raise NotApplicable("it names no formula whose premises hold for these shapes")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
+from random import Random
 
 from megalm.errors import PluginError
 from megalm.pipeline.choose import Chosen, choose
@@ -44,9 +44,9 @@ class ScheduleSubject:
     def close(self) -> None:
         """Nothing is held."""
 
-    def random(self, what: str) -> random.Random:
+    def draws(self, what: str) -> Random:
         """Draws for one purpose, the same whenever it is asked for."""
-        return random.Random(f"{self.seed}/{what}")
+        return Random(f"{self.seed}/{what}")
 
     def shapes(self) -> Iterator[PipelineShape]:
         """All small shapes, admitted or not; in the long form, larger ones as well."""
@@ -69,14 +69,16 @@ class ScheduleSubject:
             raise CheckFailed(f"{self.spec} admits no shape of up to {RANKS} ranks and {MICROBATCHES} microbatches")
         return found
 
-    def costs(self, draw: random.Random, order: PipelineOrder) -> Costs:
+    def costs(self, draw: Random, order: PipelineOrder) -> Costs:
         """Random costs, by stage and by rank too, some of them nothing."""
 
         def cost() -> float:
-            return draw.choice((0.0, 1.0, round(draw.uniform(0.1, 4), 2)))
+            return (0.0, 1.0, round(draw.uniform(0.1, 4), 2))[draw.randrange(3)]
 
         return Costs(
-            *(max(cost(), 0.1), cost(), cost()),
+            forward=cost(),
+            backward=cost(),
+            weight=cost(),
             comm=cost(),
             stages=draw.choice((None, tuple((cost(), cost(), cost()) for _ in range(order.stages)))),
             ranks=draw.choice((None, tuple(cost() + 0.5 for _ in order.ranks))),
