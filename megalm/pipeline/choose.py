@@ -76,12 +76,15 @@ def choose(text: str, manager: PluginManager) -> Chosen:
 
 
 def _split(text: str, manager: PluginManager) -> tuple[str, str | None]:
-    """Name and argument. A component's name comes before a plugin's: ``csv:FILE`` is the component csv."""
+    """Name and argument. The first word is a component's name, unless it is a plugin's that has the second."""
     registry = manager.registry(KIND)
     head, colon, rest = text.partition(":")
-    if not colon or head in registry:
-        return head, rest if colon else None
+    if not colon:
+        return text, None
     bare, colon, argument = rest.partition(":")
+    owned = any(component.plugin is not None and component.plugin.name == head for component in registry.get(bare, ()))
+    if head in registry and not owned:
+        return head, rest
     return f"{head}:{bare}", argument if colon else None
 
 

@@ -64,9 +64,13 @@ def _labels(timeline: Timeline, placement: Sequence[int]) -> dict[Action, str]:
 
 
 def _scale(timeline: Timeline, names: dict[Action, str]) -> float:
-    """Columns per unit of time, so that nine of ten actions have room for their label and a dash."""
-    wanted = sorted((len(names[r.action]) + 1) / (r.end - r.start) for r in timeline.records if r.end > r.start)
-    return wanted[len(wanted) * 9 // 10] if wanted else 1.0
+    """Columns per unit of time, so that nine of ten actions have room for their kind's longest label and a dash; where
+    some are much shorter than others, at most three times what half of them need."""
+    room: dict[ActionKind, int] = {}
+    for action, name in names.items():
+        room[action.kind] = max(room.get(action.kind, 0), len(name) + 1)
+    wanted = sorted(room[r.action.kind] / (r.end - r.start) for r in timeline.records if r.end > r.start)
+    return min(wanted[len(wanted) * 9 // 10], 3 * wanted[len(wanted) // 2]) if wanted else 1.0
 
 
 def _row(timeline: Timeline, rank: int, scale: float, columns: int, names: dict[Action, str]) -> Text:
@@ -75,7 +79,10 @@ def _row(timeline: Timeline, rank: int, scale: float, columns: int, names: dict[
         first = max(len(row), _column(record.start, timeline, scale))
         last = max(first + (record.end > record.start), _column(record.end, timeline, scale))
         row.append("." * (first - len(row)), style="dim")
-        row.append(names[record.action][: last - first].ljust(last - first, "-"), style=STYLES[record.action.kind])
+        name, room = names[record.action], last - first
+        if len(name) > room:  # half a number would be another one
+            name = name[: min(1, room)]
+        row.append(name.ljust(room, "-"), style=STYLES[record.action.kind])
     row.append("." * (columns - len(row)), style="dim")
     return row
 

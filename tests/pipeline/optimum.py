@@ -2,9 +2,9 @@
 
 Two searches. :func:`by_permutation` tries every order of every rank: the definition, for the smallest cases.
 :func:`shortest` goes moment by moment through all states that could still beat what is known, for costs in whole
-numbers. It uses that microbatches are alike, so that each stage may take them in turn; and where all costs are 1, that doing
-something at once never hurts, and a W only where there is nothing else. The first search proves the second on small
-cases.
+numbers. It uses that microbatches are alike, so that each stage may take them in turn; and where all costs are 1,
+that doing something at once never hurts, and a W only where there is nothing else. The first search proves the second
+on small cases.
 """
 
 from __future__ import annotations

@@ -1,0 +1,137 @@
+"""Names, arguments and shapes: what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.errors import PluginError, ScheduleError
+from megalm.pipeline.choose import Chosen, choose
+from megalm.plugin.contract.pipeline import PipelineShape
+from megalm.plugin.manager import PluginManager
+
+BASE = """
+from megalm.api import Action, Component, PipelineOrder, PipelineSchedule, hookimpl, loop_placement
+MEGALM_API = (1, 2)
+
+@hookimpl
+def megalm_pipeline_schedules():
+    return [Component("mine", "my_schedules:Mine", "mine"), Component("1f1b", "my_schedules:Mine", "again"),
+            Component("even", "my_schedules:Even", "even"), Component("text", "my_schedules:Text", "text"),
+            Component("odd", "my_schedules:Odd", "odd"), Component("not", "my_schedules:hookimpl", "none")]
+
+class Mine(PipelineSchedule):
+    def build(self, shape):
+        return PipelineOrder((0,), ((Action("F", 0, 0), Action("BW", 0, 0)),), 1)
+
+class Even(Mine):
+    def objection(self, shape):
+        return "the number of microbatches is odd" if shape.microbatches % 4 or shape.ranks > 3 else None
+
+class Odd(Mine):
+    def build(self, shape):
+        return PipelineOrder((0,), ((Action("Q", 0, 0),),), 1)
+
+class Text(Mine):
+    argument_name = "TEXT"
+"""
+
+
+@pytest.fixture
+def more(fake_dist) -> PluginManager:  # type: ignore[no-untyped-def]
+    fake_dist("mine", {"mine": "my_schedules"}, {"my_schedules.py": BASE})
+    return PluginManager.for_launch(["mine", "pipeline_schedules"])
+
+
+NAMES = [
+    ("zbv", 'unknown pipeline schedule "zbv"; did you mean "zb-v"?'),
+    ("nothing", "available: 1f1b, csv, gpipe, interleaved, zb-h1, zb-v"),
+    ("1f1b:4", 'pipeline schedule "1f1b" takes no argument; found \'4\' in "1f1b:4"'),
+    ("csv", 'pipeline schedule "csv" needs an argument: write csv:FILE'),
+    ("other:1f1b", 'unknown pipeline schedule "other:1f1b"; it is offered by pipeline_schedules'),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), NAMES)
+def test_names_that_are_refused(manager: PluginManager, name: str, message: str) -> None:
+    with pytest.raises(PluginError) as error:
+        choose(name, manager)
+    assert message in str(error.value)
+
+
+def test_two_plugins_of_one_name(more: PluginManager) -> None:
+    with pytest.raises(PluginError, match='write "pipeline_schedules:1f1b" or "mine:1f1b"'):
+        choose("1f1b", more)
+    assert choose("pipeline_schedules:1f1b", more).build(PipelineShape(2, 2)).stages == 2
+    assert choose("mine:text:a:b", more).schedule.argument == "a:b"
+    assert choose("text:a:b", more).schedule.argument == "a:b"
+
+
+def test_kinds_may_be_text(more: PluginManager) -> None:
+    order = choose("mine", more).build(PipelineShape(1, 1))
+    assert [str(action) for action in order.ranks[0]] == ["0F0", "0BW0"]
+    with pytest.raises(ScheduleError, match="'Q' is not a valid ActionKind; kinds are F, B, W, BW: its plugin is at"):
+        choose("odd", more).build(PipelineShape(1, 1))
+
+
+def test_an_order_of_another_shape_is_the_plugins_fault(more: PluginManager) -> None:
+    with pytest.raises(
+        ScheduleError, match="asked for 2 ranks, 3 microbatches and 2 stages, and built an order of 1, 1"
+    ):
+        choose("mine", more).build(PipelineShape(2, 3))
+
+
+def test_a_class_that_is_no_schedule(more: PluginManager) -> None:
+    with pytest.raises(PluginError, match=r"must be a subclass of megalm\.api\.PipelineSchedule"):
+        choose("not", more)
+
+
+def test_the_nearest_shapes_are_named(more: PluginManager) -> None:
+    with pytest.raises(ScheduleError) as error:
+        choose("even", more).build(PipelineShape(3, 6))
+    assert "even does not admit P=3, M=6, V=1: the number of microbatches is odd; " in str(error.value)
+    assert str(error.value).endswith("what it admits: P=3, M=4, V=1, P=3, M=8, V=1")
+    with pytest.raises(ScheduleError) as error:
+        choose("even", more).build(PipelineShape(5, 8))
+    assert str(error.value).endswith("what it admits: P=3, M=8, V=1")
+
+
+REFUSED = [
+    ("1f1b", PipelineShape(2, 4, 2), "it has one stage a rank; with several it is called interleaved", "V=1"),
+    ("interleaved", PipelineShape(2, 4, 1), "it needs several stages a rank; with one it is called 1f1b", "V=2"),
+    ("zb-h1", PipelineShape(2, 4, 2), "it has one stage a rank", "V=1"),
+    ("zb-v", PipelineShape(2, 4, 3), "it has two stages a rank", "V=2"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "reason", "near"), REFUSED)
+def test_shapes_that_are_refused(
+    schedules: dict[str, Chosen], name: str, shape: PipelineShape, reason: str, near: str
+) -> None:
+    with pytest.raises(ScheduleError) as error:
+        schedules[name].build(shape)
+    assert f"{name} does not admit {shape}: {reason}" in str(error.value)
+    assert str(error.value).endswith(f"what it admits: P=2, M=4, {near}")
+
+
+def test_megatrons_order() -> None:
+    """Interleaved with P = 2, V = 2, M = 4, as figure 4 of the paper would have it."""
+    chosen = choose("interleaved", PluginManager.for_launch(["pipeline_schedules"]))
+    first, second = chosen.build(PipelineShape(2, 4, 2)).ranks
+    assert " ".join(map(str, first)) == ("0F0 0F1 2F0 2F1 0F2 2BW0 0F3 2BW1 2F2 0BW0 2F3 0BW1 2BW2 2BW3 0BW2 0BW3")
+    assert " ".join(map(str, second)) == ("1F0 1F1 3F0 3BW0 3F1 3BW1 1F2 1BW0 1F3 1BW1 3F2 3BW2 3F3 3BW3 1BW2 1BW3")
+
+
+def test_no_torch() -> None:
+    """Schedules are verified, drawn and planned where there is no torch to import."""
+    code = (
+        "from megalm.pipeline import bound, choose, deadlock, dependencies, execute, faults, forward, lower, report\n"
+        "from megalm.pipeline import simulate, svg, text, verify\n"
+        "import megalm.cli.schedule, megalm.cli.show_schedule, sys; sys.exit('torch' in sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,171 @@
+"""``megalm schedule`` as people and scripts call it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megalm.cli.app import main
+
+from .conftest import NAMES
+
+Schedule = Callable[..., tuple[int, str, str]]
+SHAPE = ("--stages", "4", "--microbatches", "8")
+
+
+@pytest.fixture
+def schedule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Schedule:
+    """``schedule("1f1b", ...)``: exit status, output, errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megalm", "schedule", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schedule_is_shown(schedule: Schedule, name: str) -> None:
+    status, out, err = schedule(name, *SHAPE)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{name}: P=4, M=8, V=")
+    for text in ("rank 3 ...", "makespan", "idle/makespan", "(longest span - work)/span", "formula", "peak F to W"):
+        assert text in out
+    assert "\x1b" not in out, "no colours in a pipe"
+    assert "assumes" not in out, "all premises hold"
+
+
+def test_figures(schedule: Schedule) -> None:
+    _, out, _ = schedule("1f1b", *SHAPE)
+    assert "makespan  33; no order with this placement is below 33" in out
+    assert "0.2727  idle/makespan" in out
+    assert "(P-1)/(M+P-1) = 0.2727 of idle/makespan; simulated: 0.2727" in out
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit() and line[1] == " "]
+    assert rows == [
+        [str(r), str(r), "24", str(33 - 3 * r), "9", str(4 - r), str(4 - r), row[-1]] for r, row in enumerate(rows)
+    ]
+    _, out, _ = schedule("zb-v", *SHAPE)
+    assert "0.0000  (longest span - work)/span" in out
+    _, out, _ = schedule("1f1b", *SHAPE, "--cost", "1,1,1,0.5")
+    assert "It assumes what is not all so here: equal stages, no communication cost, M >= P" in out
+
+
+def test_json(schedule: Schedule) -> None:
+    status, out, _ = schedule("interleaved", *SHAPE, "--virtual", "3", "--cost", "2,1.5,1,0.25", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["shape"] == {"ranks": 4, "microbatches": 8, "virtual": 3}
+    assert found["costs"] == {"F": 2, "B": 1.5, "W": 1, "comm": 0.25}
+    assert len(found["ranks"]) == 4
+    assert found["formula"]["holds"] is False
+
+
+def test_files(schedule: Schedule, tmp_path: Path) -> None:
+    table, picture = tmp_path / "new" / "zb.csv", tmp_path / "zb.svg"
+    status, first, _ = schedule("zb-h1", *SHAPE, "--csv", str(table), "--svg", str(picture))
+    assert status == 0
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+    status, again, _ = schedule(f"csv:{table}")
+    assert status == 0
+    assert f"csv:{table}: P=4, M=8, V=1" in again
+    assert "formula   none is published" in again
+    same = [line for line in first.splitlines() if line.startswith("rank ") and "0F0" not in line]
+    assert same == [line for line in again.splitlines() if line.startswith("rank ")]
+
+
+def test_a_terminal_gets_colours_and_folded_lines(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, out, _ = schedule("1f1b", *SHAPE)
+    assert "\x1b[" in out
+
+
+def test_large_ones_are_not_drawn_in_characters(schedule: Schedule) -> None:
+    status, out, _ = schedule("1f1b", "--stages", "70", "--microbatches", "4")
+    assert status == 0
+    assert "Too long to draw in characters; --svg FILE draws it." in out
+
+
+MISTAKES = [
+    (("zbv", *SHAPE), 'unknown pipeline schedule "zbv"; did you mean "zb-v"?'),
+    (("1f1b",), "1f1b needs to know the number of stages; give --stages N"),
+    (("1f1b", "--stages", "4"), "1f1b needs to know the number of microbatches; give --microbatches N"),
+    (("1f1b", *SHAPE, "--virtual", "2"), "1f1b does not admit P=4, M=8, V=2: it has one stage a rank"),
+    (("zb-v", *SHAPE, "--virtual", "1"), "what it admits: P=4, M=8, V=2"),
+    (("1f1b", "--stages", "0", "--microbatches", "2"), "--stages"),
+    (("1f1b", "--stages", "two", "--microbatches", "2"), "--stages"),
+    (("1f1b", "--stages", "4096", "--microbatches", "65536"), "P=4096, M=65536, V=1 are 268,435,456 forwards"),
+    (("1f1b", *SHAPE, "--cost", "1,1,1"), '--cost "1,1,1": expected four numbers F,B,W,comm, such as 1,1,1,0; found 3'),
+    (("1f1b", *SHAPE, "--cost", "1,1,x,0"), "expected four numbers F,B,W,comm, such as 1,1,1,0; W is 'x'"),
+    (("1f1b", *SHAPE, "--cost", "1,-1,1,0"), "a cost must be a finite number from 0; found -1.0"),
+    (("1f1b", *SHAPE, "--cost", "1,nan,1,0"), "found nan"),
+    (("1f1b", *SHAPE, "--cost", "0,0,0,1"), "one of F, B and W must be above 0"),
+    (("csv", *SHAPE), "needs an argument: write csv:FILE"),
+    (("1f1b", *SHAPE, "--plugins", "nosuch"), "nosuch"),
+    (("1f1b", *SHAPE, "--plugins", "optimizers"), "installed but not loaded"),
+    (("1f1b", *SHAPE, "--svgg", "x"), "--svgg"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=str)
+def test_mistakes_are_one_message(schedule: Schedule, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = schedule(*arguments)
+    assert status == 2
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+FILES = [
+    (b"0F0,0F1,0BW0,0BW1\n1F0,1BW0,1F1,1F1,1BW1\n", "row 2, column 4: 1F1 is there twice"),
+    (b"0F0,0BW0\n1F0,oops\n", "row 2, column 2: 'oops' is no action"),
+    (b"0F0,0BW0\n1BW0,1F0\n", "row 2, column 1: 1BW0 comes before the forward that it needs"),
+    (b"\xff\xfe\x00", "is not text in UTF-8"),
+    (b"", "no action"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES)
+def test_bad_tables(schedule: Schedule, tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    status, out, err = schedule(f"csv:{path}")
+    assert (status, out) == (2, "")
+    assert message in err
+    assert str(path) in err
+
+
+def test_a_table_that_is_not_there_or_of_another_shape(schedule: Schedule, tmp_path: Path) -> None:
+    status, _, err = schedule(f"csv:{tmp_path / 'none.csv'}")
+    assert status == 2
+    assert "none.csv: cannot be read: No such file or directory" in err
+    status, _, err = schedule(f"csv:{tmp_path}")
+    assert status == 2
+    assert "cannot be read: Is a directory" in err
+    good = tmp_path / "good.csv"
+    good.write_text("0F0,0BW0\n")
+    status, _, err = schedule(f"csv:{good}", *SHAPE)
+    assert status == 2
+    assert "does not admit P=4, M=8, V=1: the table is of P=1, M=1, V=1; what it admits: P=1, M=1, V=1" in err
+
+
+@pytest.mark.parametrize("option", ["--svg", "--csv"])
+def test_output_that_cannot_be_written(schedule: Schedule, tmp_path: Path, option: str) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    status, out, err = schedule("1f1b", *SHAPE, option, str(blocker / "below"))
+    assert (status, out) == (2, "")
+    assert f"{option} {blocker / 'below'}: cannot be written: " in err
+    status, _, err = schedule("1f1b", *SHAPE, option, str(tmp_path))
+    assert status == 2
+    assert "cannot be written: Is a directory" in err
