@@ -171,7 +171,9 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
         trainer.run()
 
     timeout = config.launch.collective_timeout
-    return run_rank(train, rendezvous, device, tp=layout.tp, dp=layout.dp, sp=layout.sp, timeout=timeout)
+    return run_rank(
+        train, rendezvous, device, tp=layout.tp, pp=layout.pp, dp=layout.dp, sp=layout.sp, timeout=timeout
+    )
 
 
 def run_rank(
@@ -180,6 +182,7 @@ def run_rank(
     device: torch.device,
     *,
     tp: int,
+    pp: int = 1,
     dp: int | None,
     sp: bool,
     timeout: float,
@@ -198,8 +201,9 @@ def run_rank(
     contexts: list[ParallelContext] = []
 
     def start() -> None:
-        start_process_group(rendezvous, device, timeout + BACKEND_MARGIN)
-        contexts.append(make_mesh(device, tp=tp, dp=dp, sp=sp, timeout=timeout + BACKEND_MARGIN, flight=flight))
+        limit = timeout + BACKEND_MARGIN
+        start_process_group(rendezvous, device, limit)
+        contexts.append(make_mesh(device, tp=tp, pp=pp, dp=dp, sp=sp, timeout=limit, flight=flight))
 
     try:
         if rendezvous.store is None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megalm.checkpoint.manifest import Manifest, TensorRecord
-from megalm.checkpoint.state import TrainingState
+from megalm.checkpoint.state import STATE_SEPARATOR, TrainingState
 from megalm.errors import CheckpointError
 from megalm.parallel.layout import Range
 
@@ -50,7 +50,8 @@ def load_state(folder: Path, manifest: Manifest, state: TrainingState) -> None:
         reader = _Reader(folder, stack)
         for records, items in ((manifest.weights, state.weights), (manifest.optimizer, state.optimizer)):
             names = {piece.name for piece in items}
-            if extra := sorted(set(records) - names)[:3]:
+            unknown = {n for n in set(records) - names if n.split(STATE_SEPARATOR)[0] not in state.elsewhere}
+            if extra := sorted(unknown)[:3]:
                 raise CheckpointError(f"{folder}: holds tensors that this model lacks: {', '.join(extra)}")
             for piece in items:
                 if piece.name not in records:

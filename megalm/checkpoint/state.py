@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,17 @@ class TrainingState:
     weights: list[Piece]
     optimizer: list[Piece]
     scalars: dict[str, float]
+    elsewhere: frozenset[str] = frozenset()
+    """Logical tensors that other pipeline stages have."""
 
 
-def training_state(weights: Weights, optimizer: torch.optim.Optimizer | None) -> TrainingState:
-    """Describe a run's tensors. The optimizer must have taken a step (see :func:`allocate_optimizer_state`)."""
+def training_state(
+    weights: Weights, optimizer: torch.optim.Optimizer | None, whole: Iterable[str] = ()
+) -> TrainingState:
+    """Describe a run's tensors. The optimizer must have taken a step (see :func:`allocate_optimizer_state`).
+
+    ``whole``: names of all logical tensors of the model, where this rank has only some stages.
+    """
     slots: list[Piece] = []
     scalars: dict[str, float] = {}
     if optimizer is not None:
@@ -37,7 +45,8 @@ def training_state(weights: Weights, optimizer: torch.optim.Optimizer | None) ->
                 for piece in pieces(name, weights.layouts[name], value, weights.parallel.indices):
                     named = f"{piece.name}{STATE_SEPARATOR}{key}"
                     slots.append(Piece(named, piece.part, piece.local, piece.held, piece.owned))
-    return TrainingState(weights.pieces(), slots, scalars)
+    held = weights.pieces()
+    return TrainingState(held, slots, scalars, frozenset(whole) - {piece.name for piece in held})
 
 
 def allocate_optimizer_state(weights: Weights, optimizer: torch.optim.Optimizer) -> None:

@@ -55,8 +55,16 @@ class ParallelConfig(Settings):
     """Tensor-parallel ranks."""
     sp: bool = False
     """Megatron's sequence parallelism: norm and dropout regions are sharded over tokens on the tensor-parallel axis."""
+    pp: int = Field(default=1, ge=1)
+    """Pipeline-parallel ranks: each has some of the layers."""
+    pp_schedule: str = "1f1b"
+    """Component of kind ``pipeline_schedules``: who computes what in which order (``megalm schedule`` draws them)."""
+    pp_virtual: int | None = Field(default=None, ge=1)
+    """Stages of a pipeline rank; default: as the schedule has them."""
+    pp_split: list[Size] | None = None
+    """Layers of each stage; default: cut so that the slowest is as fast as can be."""
     dp: int | None = Field(default=None, ge=1)
-    """Data-parallel ranks. Default: all that ``tp`` leaves."""
+    """Data-parallel ranks. Default: all that ``tp`` and ``pp`` leave."""
 
 
 class ModelConfig(Settings):

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megalm.config.schema import Config, ModelConfig
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, LayoutError
 from megalm.model.modules import module_parameters
+from megalm.parallel.mesh import layout_sizes
 from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import Coupling, HeadSpec, Needs
 
@@ -106,18 +107,12 @@ def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[st
     """Why this layout cannot run; empty where it can."""
     problems = []
     t, p = config.train, config.parallel
-    if world_size % p.tp:
-        problems.append(
-            f"parallel.tp = {p.tp} does not divide the {world_size} rank(s) of this launch; "
-            f"start a multiple of {p.tp} ranks or choose tp among the divisors of {world_size}"
-        )
-        return problems
-    dp = world_size // p.tp
-    if p.dp is not None and p.dp != dp:
-        problems.append(
-            f"parallel.tp = {p.tp} times parallel.dp = {p.dp} is {p.tp * p.dp} ranks, but the launch has {world_size}; "
-            f"leave dp out to use {dp}"
-        )
+    try:
+        dp = layout_sizes(world_size, p.tp, p.dp, p.pp)
+    except LayoutError as error:
+        if p.dp is None:
+            return [str(error)]
+        problems.append(str(error))
         dp = p.dp
     if t.global_batch % (t.micro_batch * dp):
         problems.append(

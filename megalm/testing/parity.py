@@ -66,7 +66,9 @@ def gradients_of(
     model = LanguageModel(prepared.spec, parallel, stages)
     materialise(model, parallel, config.run.seed, torch.float64 if dtype == torch.float64 else torch.float32)
     weights = Weights(model, parallel, dtype)
-    losses = forward_backward(model, prepared.objective, microbatches, seed=config.run.seed, step=step, pipeline=pipeline)
+    losses = forward_backward(
+        model, prepared.objective, microbatches, seed=config.run.seed, step=step, pipeline=pipeline
+    )
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
     out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})

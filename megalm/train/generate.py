@@ -6,15 +6,18 @@ import numpy as np
 import torch
 
 from megalm.model.language_model import LanguageModel
-from megalm.nn.microbatch import make_microbatch
+from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.parallel import rng
+from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.tokenizer import Tokenizer
+from megalm.train.stages import forward_only
 
 
 @torch.no_grad()
 def sample_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
+    pipeline: Pipeline | None = None,
     *,
     prompt: str,
     tokens: int,
@@ -36,9 +39,26 @@ def sample_text(
         # context then, so that it never exceeds it.
         padded = window + [0] * (-len(window) % (model.parallel.tp.size if model.parallel.sp else 1))
         batch = make_microbatch({"tokens": torch.tensor([padded], device=model.parallel.device)}, model.parallel)
-        logits = model.logits(batch, model(batch), len(window) - 1)[0, : tokenizer.vocab_size].double().cpu().numpy()
+        whole = next_logits(model, batch, len(window) - 1, pipeline)
+        logits = whole[0, : tokenizer.vocab_size].double().cpu().numpy()
         ids.append(_draw(logits, temperature, top_k, rng.uniform(key, len(logits), (number, 0, 0))))
     return _decode(tokenizer, ids)
+
+
+def next_logits(model: LanguageModel, batch: Microbatch, position: int, pipeline: Pipeline | None) -> torch.Tensor:
+    """Whole logits (rows, V) of one position of each row, on every rank; without gradients."""
+    parallel = model.parallel
+    found: list[torch.Tensor] = []
+
+    def keep(number: int, hidden: torch.Tensor, rows: Microbatch) -> None:
+        found.append(model.logits(rows, hidden, position).contiguous())
+
+    forward_only(model, [batch], keep, pipeline)
+    if pipeline is None:
+        return found[0]
+    shape, dtype = (batch.rows, model.spec.vocab_size), next(model.parameters()).dtype
+    logits = found[0] if found else torch.empty(shape, dtype=dtype, device=parallel.device)
+    return parallel.pp.broadcast(logits, pipeline.last_rank)
 
 
 def _draw(logits: np.ndarray, temperature: float, top_k: int, noise: np.ndarray) -> int:

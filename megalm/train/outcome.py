@@ -36,6 +36,7 @@ def sample_of(prepared: Prepared, model: LanguageModel) -> str | None:
         return sample_text(
             model,
             prepared.tokenizer,
+            prepared.pipeline,
             prompt=wanted.prompt,
             tokens=wanted.tokens,
             context=config.train.sequence_length,

@@ -12,8 +12,9 @@ from typing import Any
 from megalm.config.load import Resolved
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
-from megalm.errors import ConfigError, DataError
+from megalm.errors import ConfigError, DataError, PluginError, ScheduleError
 from megalm.model.spec import ModelSpec, layout_problems, resolve_model
+from megalm.pipeline.plan import Pipeline, make_pipeline
 from megalm.plugin.contract.callback import Callback
 from megalm.plugin.contract.objective import ObjectiveEnv
 from megalm.plugin.contract.optim import LRSchedule, OptimizerPlugin
@@ -34,6 +35,7 @@ class Prepared:
     tokenizer: Tokenizer
     objective: TrainingObjective
     spec: ModelSpec
+    pipeline: Pipeline
     train: TokenStore
     validation: TokenStore
     optimizer: type[OptimizerPlugin]
@@ -86,6 +88,20 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
     spec = resolve_model(config, objective.needs, tokenizer.vocab_size)
     if problems := layout_problems(config, spec, world_size):
         raise ConfigError(problems)
+    layout, train_rows = config.parallel, config.train
+    dp = world_size // (layout.tp * layout.pp)
+    try:
+        pipeline = make_pipeline(
+            spec,
+            manager,
+            schedule=layout.pp_schedule,
+            ranks=layout.pp,
+            microbatches=train_rows.global_batch // (train_rows.micro_batch * dp),
+            virtual=layout.pp_virtual,
+            split=layout.pp_split,
+        )
+    except (PluginError, ScheduleError) as error:
+        raise ConfigError([f"parallel.pp_schedule: {error}"]) from None
     chosen = {key: manager.load_component(component) for key, component in resolved.components.items()}
     optimizer = ("optimizer", config.train.optimizer)
     schedule = ("lr_schedule", config.train.lr_schedule)
@@ -95,6 +111,7 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
         tokenizer=tokenizer,
         objective=objective,
         spec=spec,
+        pipeline=pipeline,
         train=train,
         validation=validation,
         optimizer=chosen[optimizer],

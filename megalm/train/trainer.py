@@ -12,12 +12,12 @@ import torch
 from megalm import __version__
 from megalm.checkpoint.load import load_state
 from megalm.checkpoint.save import save_checkpoint
-from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
+from megalm.checkpoint.state import TrainingState, allocate_optimizer_state, set_scalars, training_state
 from megalm.errors import MegalmError
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
 from megalm.metrics.report import ensure_report
-from megalm.model.language_model import LanguageModel
+from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.module import materialise
 from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
 from megalm.optim.weights import DTYPES, Weights
@@ -48,7 +48,7 @@ class Trainer:
         self.console = make_console(parallel.rank, self.config.log.every)
         precision = DTYPES[self.config.train.precision]
         master = torch.float64 if precision == torch.float64 else torch.float32
-        self.model = LanguageModel(prepared.spec, parallel)
+        self.model = LanguageModel(prepared.spec, parallel, prepared.pipeline.stages_of(parallel.pp.index))
         materialise(self.model, parallel, self.config.run.seed, master)
         self.weights = Weights(self.model, parallel, precision)
         self.optimizer = prepared.optimizer.build(
@@ -160,7 +160,14 @@ class Trainer:
         """Forward, backward, sums, clipping and update of one step; the first step is 0."""
         with phase("build examples"):
             rows = self.feed.step(step)
-        losses = forward_backward(self.model, self.objective, rows, seed=self.config.run.seed, step=step)
+        losses = forward_backward(
+            self.model,
+            self.objective,
+            rows,
+            seed=self.config.run.seed,
+            step=step,
+            pipeline=self.prepared.pipeline,
+        )
         finish_gradients(self.weights)
         norm = global_norm(self.weights).item()
         self._check_finite(step, losses, norm)
@@ -199,7 +206,7 @@ class Trainer:
             cell=self.config.train.cell,
         )
         with phase("evaluate"):
-            losses = evaluate(self.model, self.objective, rows)
+            losses = evaluate(self.model, self.objective, rows, self.prepared.pipeline)
         if not math.isfinite(losses.total):
             raise TrainingError(f"evaluation after step {step}: loss is {losses.total}; lower train.lr")
         record = {"loss": losses.total, "terms": losses.terms}
@@ -245,16 +252,19 @@ class Trainer:
             save_checkpoint(
                 self.prepared.run_dir / CHECKPOINTS,
                 step,
-                training_state(self.weights, self.optimizer),
+                self._state(),
                 state,
                 self.parallel,
                 self.config.checkpoint.keep,
             )
 
+    def _state(self) -> TrainingState:
+        return training_state(self.weights, self.optimizer, logical_shapes(self.prepared.spec))
+
     def _load(self, start: Start) -> int:
         with phase("resume"):
             allocate_optimizer_state(self.weights, self.optimizer)
-            load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer))
+            load_state(start.folder, start.manifest, self._state())
             set_scalars(self.weights, self.optimizer, start.manifest.scalars)
             self.weights.publish()
         return start.manifest.step
@@ -279,7 +289,12 @@ class Trainer:
     def _place(self) -> dict[str, Any]:
         """Where and with what this run runs."""
         return {
-            "layout": {"tp": self.parallel.tp.size, "sp": self.parallel.sp, "dp": self.parallel.dp.size},
+            "layout": {
+                "tp": self.parallel.tp.size,
+                "sp": self.parallel.sp,
+                "pp": self.parallel.pp.size,
+                "dp": self.parallel.dp.size,
+            },
             "threads": torch.get_num_threads(),
             "device": str(self.parallel.device),
             "versions": {"megalm": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -287,11 +302,14 @@ class Trainer:
         }
 
     def _heading(self) -> dict[str, object]:
-        layout = self._place()["layout"]
+        parallel, pipeline = self.parallel, self.prepared.pipeline
+        layout = f"tp {parallel.tp.size}{' + sp' * parallel.sp}, dp {parallel.dp.size} on {parallel.device}"
+        if parallel.pp.size > 1:
+            layout = f"pp {parallel.pp.size} ({pipeline.name}, {len(pipeline.stages)} stages), {layout}"
         return {
             "run": self.prepared.run_dir,
             "objective": self.objective.name,
             "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
-            "layout": f"tp {layout['tp']}{' + sp' * layout['sp']}, dp {layout['dp']} on {self.parallel.device}",
+            "layout": layout,
             "data": f"{self.prepared.train.num_tokens:,} training tokens in {self.config.data.path}",
         }

@@ -101,7 +101,7 @@ class TestTorchrun:
         found = summary(tmp_path / "run")
         assert found["steps"] == 3
         assert found["samples"] == 24
-        assert found["layout"] == {"tp": 2, "sp": True, "dp": 1}
+        assert found["layout"] == {"tp": 2, "sp": True, "pp": 1, "dp": 1}
         assert re.fullmatch("[0-9a-f]{64}", found["weights_sha256"])
 
     def test_usage_error_ends_both_ranks_with_2(self, torchrun: Any, write_config: Any, tmp_path: Path) -> None:

@@ -159,5 +159,3 @@ def _items(term: Term, probe: Probe, hidden: torch.Tensor, rows: int) -> int:
             used |= grad.reshape(rows, -1).any(dim=1)
         return int(used.sum())
     return sum(int(grad.reshape(-1, grad.shape[-1]).any(dim=1).sum()) for grad in vectors)
-
-
