@@ -164,12 +164,20 @@ def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStor
         sys.stdout.flush()
         sys.stderr.flush()
         pids = []
+        # The store's thread, here in the parent, looks up the names of those who connect. A fork at that moment would
+        # inherit the resolver's lock and wait for it for ever, so ranks begin when all of them exist.
+        gate, opener = os.pipe()
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
+                os.close(opener)
+                os.read(gate, 1)
+                os.close(gate)
                 body = _launch([str(a) for a in what]) if isinstance(what, Sequence) else _alone(what, tp, timeout)
                 _run_rank(body, rank, ranks, key_value_store.port, cwd, folder, env or {})
             pids.append(pid)
+        os.close(opener)
+        os.close(gate)
         launch = Forked(folder, pids)
         started.append(launch)
         return launch
