@@ -153,7 +153,7 @@ class TestForked:
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        assert summary(tmp_path / "run")["layout"] == {"tp": 1, "sp": False, "dp": 1}
+        assert summary(tmp_path / "run")["layout"] == {"tp": 1, "sp": False, "pp": 1, "dp": 1}
         assert files(tmp_path / "run") == {
             ".lock",
             "config.json",
