@@ -131,6 +131,8 @@ def test_measured_records_have_the_same_figures() -> None:
     assert timeline.work == [2, 1, 0]
     assert timeline.idle_fraction == pytest.approx(1 - 3 / 9)
     assert timeline.span_bubble == 0
+    busy = (Record(0, Action(F, 0, 0), 0, 4), Record(1, Action(F, 1, 0), 0, 1), Record(1, Action(F, 1, 1), 3, 4))
+    assert Timeline(2, busy).span_bubble == 0.5, "of equal spans the one with the least work"
     empty = Timeline(2, ())
     assert (empty.makespan, empty.idle_fraction, empty.span_bubble) == (0, 0, 0)
 
