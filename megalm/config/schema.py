@@ -161,6 +161,8 @@ class TrainConfig(Settings):
     """Component of kind ``lr_schedules``; settings in ``[lr_schedule.NAME]``."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
+    recompute: Literal["none", "full"] = "none"
+    """``full`` keeps only each layer's input for backward and computes the rest again: less memory, a third more work."""
     precision: Precision = "float32"
     """Type of weights in forward and backward. bfloat16 keeps float32 master weights and gradients."""
 

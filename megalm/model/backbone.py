@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage
@@ -119,6 +120,7 @@ class Backbone(nn.Module):
     def __init__(self, spec: ModelSpec, parallel: ParallelContext, stages: Sequence[Stage]) -> None:
         super().__init__()
         c = spec.cfg
+        self.recompute = spec.recompute
         first, last = any(s.first for s in stages), any(s.last for s in stages)
         tied = first != last and spec.lm_head and c.tie_embeddings
         self.embedding: Embedding | TiedEmbedding | None = None
@@ -138,5 +140,10 @@ class Backbone(nn.Module):
             x_TH = self.embedding(batch)
         assert x_TH is not None
         for number in stage.layers:
-            x_TH = self.layers[str(number)](x_TH, batch)
+            layer = self.layers[str(number)]
+            if self.recompute and torch.is_grad_enabled():
+                # Dropout is drawn by address, so there is no generator's state to put back.
+                x_TH = checkpoint(layer, x_TH, batch, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TH = layer(x_TH, batch)
         return self.final_norm(x_TH) if stage.last and self.final_norm is not None else x_TH

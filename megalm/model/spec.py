@@ -33,6 +33,8 @@ class ModelSpec:
     lm_head: bool
     heads: tuple[HeadSpec, ...]
     coupling: Coupling = "token"
+    recompute: bool = False
+    """Layers keep their input alone, and are computed again in backward."""
     modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
 
     def parameter_count(self) -> int:
@@ -99,6 +101,7 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
         lm_head=needs.lm_head,
         heads=needs.heads,
         coupling=needs.coupling,
+        recompute=config.train.recompute == "full",
         modules=needs.modules,
     )
 

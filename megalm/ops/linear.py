@@ -60,20 +60,23 @@ class _Later(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, later: WeightGradients
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.later = bias, later
+        # Of what is saved, recomputation gives back copies; the gradient has to reach the parameters themselves.
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.later = weight, bias, later
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        bias, ctx.bias = ctx.bias, None
+        (x,) = ctx.saved_tensors
+        _, weight_moves, bias_moves, _ = ctx.needs_input_grad
+        weight, bias = ctx.weight, ctx.bias
+        ctx.weight = ctx.bias = None
 
         def compute() -> None:
             rows = grad.reshape(-1, grad.shape[-1])
-            if weight.requires_grad:
+            if weight_moves:
                 torch.autograd.backward(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
-            if bias is not None and bias.requires_grad:
+            if bias_moves:
                 torch.autograd.backward(bias, rows.sum(dim=0))
 
         ctx.later.add(compute)

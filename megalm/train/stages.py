@@ -7,6 +7,7 @@ itself from the data, so that it never travels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,8 @@ class TrainingStages(_HiddenVectors):
         saved = self._saved[stage, microbatch] = _Saved(x, None, WeightGradients() if split else None)
         self.peak_activations = max(self.peak_activations, len(self._saved))
         self.peak_until_weights = max(self.peak_until_weights, len(self._saved) + len(self._later))
-        if saved.later is None:
+        with nullcontext() if saved.later is None else saved.later.collect():
             saved.out = self._compute(stage, microbatch, batch, x)
-        else:
-            with saved.later.collect():
-                saved.out = self._compute(stage, microbatch, batch, x)
         return None if last or saved.out is None else saved.out.detach()
 
     def _compute(self, stage: int, microbatch: int, batch: Microbatch, x: torch.Tensor | None) -> torch.Tensor | None:
@@ -90,7 +88,9 @@ class TrainingStages(_HiddenVectors):
         if saved.later is not None:
             self._later[stage, microbatch] = saved.later
         if saved.out is not None and saved.out.requires_grad:
-            torch.autograd.backward(saved.out, grad)
+            # What is computed again has to be computed as it was.
+            with nullcontext() if saved.later is None else saved.later.collect():
+                torch.autograd.backward(saved.out, grad)
         if saved.x is None:
             return None
         return torch.zeros_like(saved.x) if saved.x.grad is None else saved.x.grad
