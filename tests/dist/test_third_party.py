@@ -50,7 +50,7 @@ def test_it_trains_by_torchrun(installed: Path, torchrun: Any, store: Path, tmp_
     done = torchrun([EXAMPLE / "run.toml", "--set", *settings], cwd=tmp_path, env={"PYTHONPATH": str(installed)})
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/shuffled/summary.json").read_text())
-    assert summary["layout"] == {"tp": 2, "sp": True, "dp": 1}
+    assert summary["layout"] == {"tp": 2, "sp": True, "pp": 1, "dp": 1}
     assert summary["steps"] == 3
     assert set(summary["eval_terms"]) == {"shuffled"}
     assert summary["plugins"]["shuffled"]["dist"] == "megalm-shuffled"

@@ -23,11 +23,11 @@ PreparedRun = Callable[..., Prepared]
 
 @pytest.fixture(scope="session")
 def prepared_run(tmp_path_factory: pytest.TempPathFactory) -> PreparedRun:
-    """``prepared_run("bert", "train.x=1")``: a tiny float64 run of a model of MODELS."""
+    """``prepared_run("bert", "train.x=1", world_size=4)``: a tiny float64 run of a model of MODELS."""
     manager = PluginManager.for_launch(None)
     store: list[Path] = []
 
-    def make(model: str, *overrides: str) -> Prepared:
+    def make(model: str, *overrides: str, world_size: int = 1) -> Prepared:
         if not store:
             store.append(make_store(tmp_path_factory.mktemp("sim-store"), manager=manager))
         objective, architecture, more = MODELS[model]
@@ -38,6 +38,7 @@ def prepared_run(tmp_path_factory: pytest.TempPathFactory) -> PreparedRun:
             objective=objective,
             architecture=architecture,
             overrides=[*more, *overrides],
+            world_size=world_size,
             manager=manager,
         )
 

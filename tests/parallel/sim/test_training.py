@@ -55,7 +55,8 @@ def test_ten_steps_have_the_bits_of_gloo(
 
     def prepared(kind: str) -> list[Prepared]:
         # One for each rank, as ranks in processes of their own would prepare.
-        return [prepared_run(model, *SETTINGS, f"run.dir='{tmp_path / kind}'") for _ in range(ranks)]
+        settings = [*SETTINGS, f"run.dir='{tmp_path / kind}'", f"parallel.tp={layout['tp']}"]
+        return [prepared_run(model, *settings, world_size=ranks) for _ in range(ranks)]
 
     real = run_processes(weights_of(prepared("gloo")), **layout)  # type: ignore[arg-type]
     world = SimulatedWorld(**layout)  # type: ignore[arg-type]
