@@ -6,7 +6,9 @@ Every exchange blocks its rank until each of its transfers is done; a transfer i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from megalm.pipeline.dependencies import F, W, needs
 from megalm.pipeline.lower import Exchange, LoweredOrder, Message, Transfer, inputs
@@ -19,14 +21,22 @@ def find_deadlock(lowered: LoweredOrder) -> str | None:
 
 def _mismatch(lowered: LoweredOrder) -> str | None:
     """The n-th send from one rank to another has to be what the other's n-th receive from it expects."""
+    sent: defaultdict[tuple[int, int], list[Message]] = defaultdict(list)
+    expected: defaultdict[tuple[int, int], list[Message]] = defaultdict(list)
     for rank in range(len(lowered.steps)):
-        for peer in range(len(lowered.steps)):
-            sent = [t.message for t in _transfers(lowered, rank) if t.direction == "send" and t.peer == peer]
-            taken = [t.message for t in _transfers(lowered, peer) if t.direction == "recv" and t.peer == rank]
-            for n in range(max(len(sent), len(taken))):
-                here, there = (str(found[n]) if n < len(found) else "nothing" for found in (sent, taken))
-                if here != there:
-                    return f"message {n + 1} of rank {rank} to rank {peer} is {here}, but the receiver expects {there}"
+        for direction, message, peer in _transfers(lowered, rank):
+            if direction == "send":
+                sent[rank, peer].append(message)
+            else:
+                expected[peer, rank].append(message)
+    for rank, peer in sorted(sent.keys() | expected.keys()):
+        pairs = zip_longest(sent[rank, peer], expected[rank, peer])
+        for number, (here, there) in enumerate(pairs, 1):
+            if here != there:
+                return (
+                    f"message {number} of rank {rank} to rank {peer} is {here or 'not sent'}, but the receiver expects "
+                    f"{there or 'nothing'}"
+                )
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from megalm.errors import ScheduleError
@@ -31,7 +32,7 @@ class Timeline:
     ranks: int
     records: tuple[Record, ...]
 
-    @property
+    @cached_property
     def begin(self) -> float:
         """When the first action starts."""
         return min((record.start for record in self.records), default=0.0)
@@ -43,7 +44,14 @@ class Timeline:
 
     def of(self, rank: int) -> list[Record]:
         """A rank's records in order of time."""
-        return sorted((record for record in self.records if record.rank == rank), key=lambda record: record.start)
+        return self._by_rank[rank]
+
+    @cached_property
+    def _by_rank(self) -> list[list[Record]]:
+        found: list[list[Record]] = [[] for _ in range(self.ranks)]
+        for record in sorted(self.records, key=lambda record: record.start):
+            found[record.rank].append(record)
+        return found
 
     @property
     def work(self) -> list[float]:
