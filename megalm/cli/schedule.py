@@ -13,7 +13,7 @@ from megalm.cli.options import Plugins, names
 if TYPE_CHECKING:
     from megalm.plugin.contract.pipeline import Costs
 
-LARGEST = 200_000
+LARGEST = 100_000
 """Forwards of a step. More would take minutes to verify."""
 
 
