@@ -47,7 +47,9 @@ def plan(
 
     prepared = prepare_run(resolved, manager, size)
     layout = resolved.config.parallel
-    grid = Grid(layout.tp, size // layout.tp, layout.sp)
+    if layout.pp > 1 and comm:
+        raise UsageError("megalm plan --comm does not count the messages of pipelines yet; leave parallel.pp at 1")
+    grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
     planner = Planner(prepared.spec, grid, resolved.config.train.precision)
     volumes: dict[str, list[RankClass]] = {}
     if comm:
@@ -76,12 +78,12 @@ def _ranks(config: Config, given: int | None) -> int:
     if given is not None:
         return given
     if config.parallel.dp is None:
-        tp = config.parallel.tp
+        tp = config.parallel.tp * config.parallel.pp
         raise UsageError(
-            f"megalm plan needs to know how many ranks there are: give --ranks N, a multiple of parallel.tp = {tp}, "
+            f"megalm plan needs to know how many ranks there are: give --ranks N, a multiple of tp * pp = {tp}, "
             "or parallel.dp in RUN.toml or as --set parallel.dp=N"
         )
-    return config.parallel.tp * config.parallel.dp
+    return config.parallel.tp * config.parallel.pp * config.parallel.dp
 
 
 def _facts(prepared: Prepared, planner: Planner) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from megalm.errors import ScheduleError
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage, cut_stages, split_problems
 from megalm.pipeline.choose import choose
+from megalm.pipeline.forward import forward_order
 from megalm.pipeline.lower import LoweredOrder, lower
 from megalm.pipeline.verify import Verified, verify
 from megalm.plugin.contract.pipeline import Action, ActionKind, PipelineOrder
@@ -49,12 +50,7 @@ class Pipeline:
     def forward_only(self, microbatches: int) -> LoweredOrder:
         """Forwards of any number of microbatches: each rank's stages of one microbatch after the other."""
         if microbatches not in self._forward:
-            own = [self.order.stages_of(rank) for rank in range(len(self.order.ranks))]
-            ranks = tuple(
-                tuple(Action(ActionKind.F, stage, n) for n in range(microbatches) for stage in stages) for stages in own
-            )
-            order = PipelineOrder(self.order.placement, ranks, microbatches, training=False)
-            self._forward[microbatches] = lower(order)
+            self._forward[microbatches] = lower(forward_order(self.order.placement, microbatches))
         return self._forward[microbatches]
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from megalm.model.spec import ModelSpec
 from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalm.plan.entries import Entry, entry
 from megalm.plan.recording import Grid
 
+LAYER = ("attention", "mlp")
 # (way, sequence parallelism) -> operation of forward, of backward
 _SAYS = {
     ("in", False): (None, "all_reduce"),
@@ -61,3 +63,21 @@ def backbone_entries(found: Counter[Way], grid: Grid, *, tokens: int, itemsize: 
         for operation in (forward, back if backward else None):
             if operation is not None:
                 yield entry(way.item, "tp", operation, grid.tp, tokens * way.features * itemsize, calls)
+
+
+def recompute_entries(
+    found: Counter[Way], spec: ModelSpec, grid: Grid, *, tokens: int, itemsize: int
+) -> Iterator[Entry]:
+    """What layers say once more where they are computed again in backward.
+
+    That ends with the last thing that backward asks for: the way out of the MLP comes after it, unless its dropout or
+    a norm behind it keeps something.
+    """
+    if grid.tp == 1 or not spec.recompute:
+        return
+    ends_early = spec.cfg.norm_placement == "pre" and spec.cfg.dropout == 0
+    for way, calls in found.items():
+        forward, _ = _SAYS[way.way, grid.sharded]
+        last = ends_early and (way.item, way.way) == ("mlp", "out")
+        if forward is not None and way.item in LAYER and not last:
+            yield entry("recompute", "tp", forward, grid.tp, tokens * way.features * itemsize, calls)

@@ -18,7 +18,7 @@ from megalm.model.spec import ModelSpec
 from megalm.nn.module import layouts
 from megalm.optim.weights import DTYPES
 from megalm.parallel.layout import Layout
-from megalm.plan.backbone import backbone_entries, ways
+from megalm.plan.backbone import backbone_entries, recompute_entries, ways
 from megalm.plan.entries import Entry, entry, merged, total
 from megalm.plan.gradients import gradient_entries, local_shapes
 from megalm.plan.loss import LossProbe, Scorer
@@ -102,7 +102,10 @@ class Planner:
         for tensors in microbatches(dp_index):
             loss, flows = probe.ask(tensors, backward=train)
             tokens = tensors["tokens"].numel()
-            yield from backbone_entries(self._ways, grid, tokens=tokens, itemsize=self._dtype.itemsize, backward=flows)
+            size = self._dtype.itemsize
+            yield from backbone_entries(self._ways, grid, tokens=tokens, itemsize=size, backward=flows)
+            if flows:
+                yield from recompute_entries(self._ways, self.spec, grid, tokens=tokens, itemsize=size)
             yield from loss
         if grid.dp > 1:
             yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, _SUMS_BYTES * len(objective.weights), 2)

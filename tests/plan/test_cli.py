@@ -89,7 +89,7 @@ def test_one_rank_says_nothing(plan: Plan) -> None:
 
 
 MISTAKES = [
-    ((), "give --ranks N, a multiple of parallel.tp = 2"),
+    ((), "give --ranks N, a multiple of tp * pp = 2"),
     (("--ranks", "3"), "parallel.tp = 2 does not divide the 3 rank(s)"),
     (("--ranks", "8", "--set", "parallel.dp=2"), "is 4 ranks, but the launch has 8"),
     (("--ranks", "0"), "--ranks"),

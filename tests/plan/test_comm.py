@@ -140,6 +140,10 @@ NAMED = [
     Case("bert", Grid(4, 1, True), ("model.lm_head_transform=false", "model.embedding_norm=false")),
     Case("bert", Grid(3, 1), ("train.objective=mlm", "objective.mlm.mask_prob=0.02", "train.micro_batch=1")),
     Case("bert", Grid(2, 1, True), ("train.objective=nsp", "train.precision=float32")),
+    Case("gpt2", Grid(2, 1, True), ("train.recompute=full", "model.dropout=0", ACCUMULATE)),
+    Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1")),
+    Case("llama", Grid(3, 1), ("train.recompute=full", "model.gated=true", "model.norm_placement=post")),
+    Case("bert", Grid(2, 1, True), ("train.recompute=full", "train.precision=bfloat16")),
 ]
 
 
@@ -164,6 +168,8 @@ def drawn(seed: int) -> Case:
         f"model.position={draw.choice(['learned', 'rope', 'none'])}",
         f"train.micro_batch={draw.choice([m for m in (1, 2, 4, 8) if 8 % (m * dp) == 0])}",
         f"train.precision={draw.choice(['float32', 'float64', 'bfloat16'])}",
+        f"train.recompute={draw.choice(['none', 'full'])}",
+        f"model.dropout={draw.choice([0, 0.1])}",
     ]
     if model == "bert":
         overrides.append(f"train.objective={draw.choice(['mlm', 'nsp', 'mlm+nsp'])}")
