@@ -162,7 +162,7 @@ class TrainConfig(Settings):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
     recompute: Literal["none", "full"] = "none"
-    """``full`` keeps only each layer's input for backward and computes the rest again: less memory, a third more work."""
+    """``full`` keeps each layer's input alone for backward and computes the rest again: less memory, more work."""
     precision: Precision = "float32"
     """Type of weights in forward and backward. bfloat16 keeps float32 master weights and gradients."""
 

@@ -50,8 +50,21 @@ class Result:
     seconds: float
 
 
+def _told(error: Exception) -> str:
+    """What was raised, and where: the frames outside of megalm and torch if there are any, else all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ("/megalm/", "/torch/", "threading.py"))]
+    lines = traceback.format_list(own or frames)
+    return "".join([*traceback.format_exception_only(error), *lines]).rstrip()
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0]
+
+
 def run_checks(checks: Iterable[Check[S]], subject: S) -> Iterator[Result]:
-    """Run each check in turn; one that fails does not stop the others."""
+    """Run each check in turn; one that fails does not stop the others. What was told before is not told at length."""
+    seen: dict[str, str] = {}
     for check in checks:
         began = time.perf_counter()
         status: Status = "failed"
@@ -62,8 +75,12 @@ def run_checks(checks: Iterable[Check[S]], subject: S) -> Iterator[Result]:
             detail, status = str(reason), "not applicable"
         except (CheckFailed, MegalmError) as error:
             detail = "\n".join([str(error), *getattr(error, "__notes__", ())])
-        except Exception:
-            detail = traceback.format_exc().rstrip()
+        except Exception as error:
+            detail = _told(error)
+        if status == "failed" and detail in seen:
+            detail = f"{_first_line(detail)} (as in {seen[detail]})"
+        else:
+            seen[detail] = check.name
         yield Result(check.name, check.proves, status, detail, time.perf_counter() - began)
 
 

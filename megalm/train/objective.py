@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,26 @@ if TYPE_CHECKING:
     import torch
 
 _COUPLINGS: tuple[Coupling, ...] = ("token", "example", "cell")
+
+
+class _LastStage(dict[str, Any]):
+    """The tensors of the last stage, and why one is not among them."""
+
+    def __init__(self, tensors: dict[str, Any], objective: TrainingObjective) -> None:
+        super().__init__(tensors)
+        self._objective = objective
+
+    def __missing__(self, name: str) -> Any:
+        objective = self._objective
+        if name in objective.needs.tensors:
+            raise ObjectiveError(
+                f"objective {objective.name}: loss() reads the tensor {name!r}, which needs() sends to the first "
+                'stage; give its TensorSpec to="all"'
+            )
+        raise ObjectiveError(
+            f"objective {objective.name}: loss() reads the tensor {name!r}, but needs() declares "
+            f"{', '.join(sorted(objective.needs.tensors))}"
+        )
 
 
 class TrainingObjective:
@@ -111,8 +131,9 @@ class TrainingObjective:
         return {term: n for part in self.parts.values() for term, n in part.counts(batch).items()}
 
     def last_stage(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those tensors of a batch that the last stage has."""
-        return {name: batch[name] for name, spec in self.needs.tensors.items() if spec.to != "first"}
+        """Those tensors of a batch that the last stage has; ObjectiveError for one that only the first has."""
+        known = {name: batch[name] for name, spec in self.needs.tensors.items() if spec.to != "first"}
+        return _LastStage(known, self)
 
     def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
         """Sums of the terms that score something, of the tensors that the last stage has."""

@@ -141,7 +141,7 @@ NAMED = [
     Case("bert", Grid(3, 1), ("train.objective=mlm", "objective.mlm.mask_prob=0.02", "train.micro_batch=1")),
     Case("bert", Grid(2, 1, True), ("train.objective=nsp", "train.precision=float32")),
     Case("gpt2", Grid(2, 1, True), ("train.recompute=full", "model.dropout=0", ACCUMULATE)),
-    Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1")),
+    Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1", ACCUMULATE)),
     Case("llama", Grid(3, 1), ("train.recompute=full", "model.gated=true", "model.norm_placement=post")),
     Case("bert", Grid(2, 1, True), ("train.recompute=full", "train.precision=bfloat16")),
 ]

@@ -184,6 +184,63 @@ class MasksByInstance(Windows):
         return self._rng.random(length) < 0.25
 
 
+class MasksByHash(Windows):
+    """hash() of a text is another one in every process."""
+
+    def hidden(self, rng: np.random.Generator, length: int) -> Any:
+        return np.random.default_rng(hash(f"row {rng.integers(1 << 30)}") & 0xFFFF).random(length) < 0.25
+
+
+class DropsFromStream(Windows):
+    """Dropout that is drawn from torch's generator."""
+
+    def losses(self, hidden: Any, batch: Any, ctx: Any) -> Any:
+        import torch
+
+        return torch.nn.functional.dropout(super().losses(hidden, batch, ctx), 0.2)
+
+
+class CountsInPlace(Windows):
+    def counts(self, batch: Batch) -> dict[str, int]:
+        count = super().counts(batch)
+        batch["labels"][:, 0] = IGNORE
+        return count
+
+
+class Casts(Windows):
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Term]:
+        return {"next": Term(self.losses(hidden, batch, ctx).float().sum())}
+
+
+class ReadsFirstStage(Windows):
+    def needs(self) -> Needs:
+        return Needs("causal", {"tokens": TensorSpec(), "labels": TensorSpec(to="last")})
+
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Term]:
+        assert batch["tokens"].dim() == 2
+        return super().loss(hidden, batch, ctx)
+
+
+class RowMeans(Windows):
+    """Right, if unusual: each row's loss is its own mean, and rows are counted."""
+
+    def needs(self) -> Needs:
+        tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}
+        return Needs("causal", {**tensors, "share": TensorSpec(dtype="float64", to="last")})
+
+    def collate(self, examples: list[Example]) -> Batch:
+        batch = super().collate(examples)
+        scored = batch["labels"] != IGNORE
+        return {**batch, "share": scored / np.maximum(scored.sum(axis=1, keepdims=True), 1)}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"next": int((batch["labels"] != IGNORE).any(axis=1).sum())}
+
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Term]:
+        scored = batch["labels"] != IGNORE
+        return {"next": Term((self.losses(hidden, batch, ctx) * batch["share"][scored]).sum())}
+
+
 SEEN: list[int] = []
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.head.module import serial_model
 from megalm.testing.head.predictions import difference, predictions_of
 from megalm.testing.head.subject import HeadSubject
+from megalm.testing.objective.purity import generators_kept
 from megalm.testing.objective.subject import NO_DROPOUT
 from megalm.testing.parity import LOSS, NORM, differences, gradients_of
 from megalm.train.feed import Rows
@@ -132,7 +132,7 @@ def streams_are_not_read(subject: HeadSubject) -> str:
     """Loss, gradients and predictions are the same bits wherever the global random generators stand, and repeatedly."""
     prepared, rows = subject.prepared(), subject.rows(subject.examples(ROWS))
     seen: list[tuple[dict[str, torch.Tensor], list[Any]]] = []
-    with _generators_kept():
+    with generators_kept():
         for seed in (1, 2):
             random.seed(seed)
             np.random.seed(seed)
@@ -149,17 +149,6 @@ def streams_are_not_read(subject: HeadSubject) -> str:
     if predicted != again:
         raise CheckFailed(f"head {subject.name}: predictions differ from one time to the next")
     return "a step and predictions, twice"
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
 
 
 def _compute(subject: HeadSubject, prepared: Prepared, microbatches: list[Rows]) -> dict[str, torch.Tensor]:

@@ -94,6 +94,9 @@ class HeadSubject(ObjectiveSubject):
         head: Head = cls(settings, HeadEnv(tokenizer, self.sequence_length, chosen, self.attention))
         return head
 
+    def configuration(self) -> str | None:
+        return None  # records are no part of a run's configuration
+
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes."""

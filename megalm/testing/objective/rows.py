@@ -6,14 +6,13 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import torch
 
 from megalm.testing.check import CheckFailed, NotApplicable
+from megalm.testing.objective.fresh_rows import Digests, built_elsewhere, digests
+from megalm.testing.objective.purity import generators_kept
 from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.train.objective import TrainingObjective
 
@@ -25,41 +24,39 @@ def rows_have_addresses(subject: ObjectiveSubject) -> str:
     """Row i is the same bits whatever was built before, by which instance or process, and whatever others draw."""
     count = min(subject.samples, 200 if subject.full else 60)
     numbers = list(range(count))
-    expected = dict(build(subject, subject.objective, numbers))
+    expected = dict(_build(subject, subject.objective, numbers))
     shuffled = random.Random(subject.seed).sample(numbers, count)
     another = subject.prepared(f"run.seed={subject.seed}").objective
-    with _global_generators_kept():
+    with generators_kept():
         _disturb(shuffled[0])
-        _compare(subject, expected, build(subject, subject.objective, shuffled), "in another order")
-        _compare(subject, expected, build(subject, another, numbers[::-1]), "by another instance")
+        _compare(subject, expected, _build(subject, subject.objective, shuffled), "in another order")
+        _compare(subject, expected, _build(subject, another, numbers[::-1]), "by another instance")
     _compare(subject, expected, _in_worker(subject, shuffled[: count // 2]), "in a worker process")
-    return f"{count} rows, in order, shuffled, by another instance and in a forked worker"
+    covered = f"{count} rows, in order, shuffled, by another instance, in a forked worker"
+    toml = subject.configuration()
+    if toml is None:
+        return covered
+    found = built_elsewhere(toml, subject.manager.plugins, shuffled, subject.folder, 1 + subject.seed)
+    _compare(subject, expected, found, "in a new process, where hashes of texts and the order of sets are other ones,")
+    return f"{covered} and in a new process"
 
 
-def build(
+def _build(
     subject: ObjectiveSubject, objective: TrainingObjective, numbers: Iterable[int]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """(sample, digest of each tensor of its row)."""
-    for number in numbers:
-        example = objective.build(number, subject.corpus, (subject.seed, "train", 0))
-        yield number, {key: _digest(value) for key, value in example.items()}
-
-
-def _digest(value: Any) -> str:
-    array = np.asarray(value)
-    return sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+) -> Iterator[tuple[int, Digests]]:
+    return digests(objective, subject.corpus, subject.seed, numbers)
 
 
 def _compare(
     subject: ObjectiveSubject,
-    expected: Mapping[int, Mapping[str, str]],
-    found: Iterable[tuple[int, Mapping[str, str]]],
+    expected: Mapping[int, Digests],
+    found: Iterable[tuple[int, Digests]],
     how: str,
 ) -> None:
-    for number, digests in found:
-        if digests != expected[number]:
+    for number, row in found:
+        if row != expected[number]:
             first = expected[number]
-            names = sorted(key for key in {*digests, *first} if digests.get(key) != first.get(key))
+            names = sorted(key for key in {*row, *first} if row.get(key) != first.get(key))
             raise CheckFailed(
                 f"objective {subject.name}: row {number} built {how} differs in {', '.join(names)}. A row may depend "
                 "on its number, the corpus and the given rng only: draw from no other generator, and keep no state "
@@ -74,17 +71,6 @@ def _disturb(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@contextmanager
-def _global_generators_kept() -> Iterator[None]:
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def _in_worker(subject: ObjectiveSubject, numbers: list[int]) -> list[tuple[int, dict[str, str]]]:
     """Digests from a forked process, as a data loader's worker would build them."""
     import json
@@ -95,13 +81,13 @@ def _in_worker(subject: ObjectiveSubject, numbers: list[int]) -> list[tuple[int,
         status = 1
         try:
             _disturb(numbers[0] + 1)
-            path.write_text(json.dumps(list(build(subject, subject.objective, numbers))))
+            path.write_text(json.dumps(list(_build(subject, subject.objective, numbers))))
             status = 0
         finally:
             os._exit(status)
     if os.waitpid(pid, 0)[1] != 0:
         raise CheckFailed(f"objective {subject.name}: build_example fails in a forked worker process")
-    return [(number, digests) for number, digests in json.loads(path.read_text())]
+    return [(number, found) for number, found in json.loads(path.read_text())]
 
 
 def rates_are_as_declared(subject: ObjectiveSubject) -> str:

@@ -116,8 +116,8 @@ def _compare(subject: ObjectiveSubject, whole: Seen, ranks: list[Seen]) -> None:
                 mend = 'each has its part: give the Term scope="token"'
             else:
                 mend = (
-                    "an item's loss looks beyond its rank's positions: shift labels in collate(), and take neighbours "
-                    "from full_sequence(), pick() or take()"
+                    "an item's loss looks beyond its rank's positions, or is not the same function of them everywhere: "
+                    "shift labels in collate(), and take neighbours from full_sequence(), pick() or take()"
                 )
             raise CheckFailed(
                 f"objective {subject.name}: with a row's positions split over {len(ranks)} ranks the term {name!r} of "

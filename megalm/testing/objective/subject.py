@@ -150,6 +150,10 @@ class ObjectiveSubject:
             manager=self.manager,
         )
 
+    def configuration(self) -> str | None:
+        """TOML of :meth:`prepared`, with which another process comes to the same rows; none where it cannot."""
+        return self.prepared().resolved.to_toml()
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, made once for a key."""
         if key not in self._known:

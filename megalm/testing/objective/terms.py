@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megalm.model.language_model import LanguageModel
-from megalm.nn.microbatch import make_microbatch
+from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.nn.module import materialise
 from megalm.parallel.mesh import single_rank
 from megalm.plugin.contract.objective import IGNORE, Term
@@ -70,31 +70,32 @@ def terms_are_sums(subject: ObjectiveSubject) -> str:
 
 
 def counts_are_what_is_scored(subject: ObjectiveSubject) -> str:
-    """counts() names the number of items whose loss enters each term."""
+    """counts() names the number of items whose loss enters each term: positions or rows, always the same of them."""
     model = serial_model(subject)
     examples = subject.examples(12)
     groups = [examples] if subject.coupled else [examples, examples[:5], *([e] for e in examples[:4])]
-    ratios: dict[str, set[float]] = {}
+    fitting: dict[str, set[tuple[str, int]]] = {}
     for group in groups:
         rows = subject.rows(group)
         declared, scored = subject.objective.counts(rows.batch), _scored(subject, model, rows)
-        for name, (items, scope) in scored.items():
+        for name, items in scored.items():
             count = declared.get(name, 0)
-            if scope == "example" and items and count and items % count == 0:
-                ratios.setdefault(name, set()).add(items / count)  # rows, where an example gives several
-            elif items != count:
-                what = "rows" if scope == "example" else "positions"
+            # Several rows of one example (views) may be one item.
+            fits = {(kind, n // count if count else 1) for kind, n in items.items() if _fits(kind, n, count)}
+            if not any(items.values()) and count == 0:
+                continue
+            fitting[name] = fitting.get(name, fits) & fits
+            if not fitting[name]:
+                told = " or ".join(f"{n} {kind}" for kind, n in items.items())
                 raise CheckFailed(
                     f"objective {subject.name}: counts() says that the term {name!r} scores {count} items in "
-                    f"{len(group)} rows, but the loss of {items} {what} enters it"
+                    f"{len(group)} rows, but the loss of {told} enters it"
                 )
-    for name, values in ratios.items():
-        if len(values) > 1:
-            raise CheckFailed(
-                f"objective {subject.name}: the term {name!r} scores {' or '.join(f'{v:g}' for v in sorted(values))} "
-                "rows for each item that counts() names, depending on the batch"
-            )
-    return f"{len(groups)} batches"
+    return ", ".join(f"{name}: {' or '.join(sorted({kind for kind, _ in found}))}" for name, found in fitting.items())
+
+
+def _fits(kind: str, items: int, count: int) -> bool:
+    return items == count or (kind == "rows" and count > 0 and items > 0 and items % count == 0)
 
 
 def _terms(subject: ObjectiveSubject, model: LanguageModel, rows: Rows) -> dict[str, Term]:
@@ -109,7 +110,10 @@ class Probe:
     """A context that cuts the graph at what it returns, to see which items a term depends on."""
 
     inner: Any
+    length: int
     losses: list[torch.Tensor] = field(default_factory=list)
+    rows_of: list[torch.Tensor] = field(default_factory=list)
+    """Of each of those losses, the row of every item."""
     logits: list[torch.Tensor] = field(default_factory=list)
 
     def lm_loss(self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
@@ -117,6 +121,8 @@ class Probe:
         scored = (labels if where is None else labels[where]).reshape(-1) != IGNORE
         out = self.inner.lm_loss(hidden, labels, where).detach().requires_grad_()
         self.losses.append(out)
+        places = torch.arange(labels.numel(), device=labels.device)
+        self.rows_of.append((places if where is None else places[where.reshape(-1)]) // self.length)
         scored_losses: torch.Tensor = out * scored
         return scored_losses
 
@@ -129,33 +135,39 @@ class Probe:
         return getattr(self.inner, name)
 
 
-def _scored(subject: ObjectiveSubject, model: LanguageModel, rows: Rows) -> dict[str, tuple[int, str]]:
-    """(items, scope) of each term: the losses, logits or hidden vectors on which its value depends."""
+def _scored(subject: ObjectiveSubject, model: LanguageModel, rows: Rows) -> dict[str, dict[str, int]]:
+    """For each term the positions and the rows whose losses, logits or hidden vectors decide its value."""
     tensors = rows.tensors(model.parallel.device)
     batch = make_microbatch(tensors, model.parallel)
     with torch.no_grad():
         hidden = model(batch)
     hidden = hidden.detach().requires_grad_()
-    probe = Probe(model.context(batch))
+    probe = Probe(model.context(batch), batch.length)
     terms = subject.objective.loss(hidden, tensors, probe)
-    return {name: (_items(term, probe, hidden, batch.rows), term.scope) for name, term in terms.items()}
+    return {name: _items(term, probe, hidden, batch) for name, term in terms.items()}
 
 
-def _items(term: Term, probe: Probe, hidden: torch.Tensor, rows: int) -> int:
+def _items(term: Term, probe: Probe, hidden: torch.Tensor, batch: Microbatch) -> dict[str, int]:
     if not term.sum.requires_grad:
-        return 0
+        return {"positions": 0, "rows": 0}
     leaves = [*probe.losses, *probe.logits, hidden]
-    grads = torch.autograd.grad(term.sum, leaves, allow_unused=True, retain_graph=True)
-    reached: tuple[torch.Tensor | None, ...] = grads
-    found = {i: g for i, g in enumerate(reached) if g is not None and g.any()}
-    losses = [g for i, g in found.items() if i < len(probe.losses)]
-    logits = [g for i, g in found.items() if len(probe.losses) <= i < len(leaves) - 1]
-    if losses:
-        return sum(int(g.count_nonzero()) for g in losses)
-    vectors = logits or list(found.values())
-    if term.scope == "example" and all(grad.shape[0] == rows for grad in vectors):
-        used = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
-        for grad in vectors:
-            used |= grad.reshape(rows, -1).any(dim=1)
-        return int(used.sum())
-    return sum(int(grad.reshape(-1, grad.shape[-1]).any(dim=1).sum()) for grad in vectors)
+    grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+        term.sum, leaves, allow_unused=True, retain_graph=True
+    )
+    losses, others = grads[: len(probe.losses)], grads[len(probe.losses) :]
+    found = [(grad, rows) for grad, rows in zip(losses, probe.rows_of, strict=True) if grad is not None and grad.any()]
+    if found:
+        scored = torch.cat([rows[grad != 0] for grad, rows in found])
+        return {"positions": len(scored), "rows": len(scored.unique())}
+    # Logits of classifiers where there are any, else the hidden vectors themselves.
+    logits = [grad for grad in others[:-1] if grad is not None and grad.any()]
+    direct = others[-1]
+    vectors = logits or ([] if direct is None else [direct.view(batch.rows, batch.length, -1)])
+    used = torch.zeros(batch.rows, dtype=torch.bool, device=hidden.device)
+    for grad in vectors:
+        if grad.shape[0] == batch.rows:
+            used |= grad.reshape(batch.rows, -1).any(dim=1)
+    return {
+        "positions": sum(int(grad.reshape(-1, grad.shape[-1]).any(dim=1).sum()) for grad in vectors),
+        "rows": int(used.sum()),
+    }

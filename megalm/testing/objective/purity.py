@@ -1,0 +1,80 @@
+"""A step is a function of its rows: it draws from no stream, keeps no state and changes nothing in place."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from megalm.model.language_model import LanguageModel
+from megalm.nn.microbatch import make_microbatch
+from megalm.nn.module import materialise
+from megalm.parallel.mesh import single_rank
+from megalm.testing.check import CheckFailed
+from megalm.testing.objective.subject import ObjectiveSubject
+from megalm.testing.parity import gradients_of
+from megalm.train.feed import Rows
+
+
+def steps_repeat(subject: ObjectiveSubject) -> str:
+    """The same rows give the same bits, wherever the global generators stand, and stay as they are."""
+    prepared, rows = subject.prepared(), subject.rows(subject.examples(8))
+    before = {name: array.copy() for name, array in rows.batch.items()}
+    subject.objective.counts(rows.batch)
+    _unchanged(subject, "counts()", before, rows)
+    _check_types(subject, rows)
+    seen = []
+    with generators_kept():
+        for seed in (1, 2):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            seen.append(gradients_of(prepared, single_rank(subject.device), [rows]))
+            _unchanged(subject, "loss()", before, rows)
+    first, second = seen
+    if changed := next((name for name in first if not torch.equal(first[name], second[name])), None):
+        raise CheckFailed(
+            f"objective {subject.name}: {changed} of one and the same step differs from one time to the next. Dropout "
+            "is ctx.dropout, whose mask has an address; draw from no generator of torch's or numpy's in loss(), and "
+            "keep no state between steps"
+        )
+    return "a step, twice"
+
+
+def _unchanged(subject: ObjectiveSubject, what: str, before: dict[str, np.ndarray], rows: Rows) -> None:
+    for name, array in rows.batch.items():
+        if not np.array_equal(before[name], array):
+            raise CheckFailed(
+                f"objective {subject.name}: {what} changes the tensor {name!r} of the batch in place; others read it "
+                "after: work on a copy"
+            )
+
+
+def _check_types(subject: ObjectiveSubject, rows: Rows) -> None:
+    parallel = single_rank(subject.device)
+    model = LanguageModel(subject.prepared().spec, parallel)
+    materialise(model, parallel, subject.seed, torch.float64)
+    tensors = rows.tensors(parallel.device)
+    batch = make_microbatch(tensors, parallel)
+    for name, term in subject.objective.loss(model(batch), tensors, model.context(batch)).items():
+        if term.sum.dtype != torch.float64:
+            raise CheckFailed(
+                f"objective {subject.name}: the term {name!r} is {str(term.sum.dtype).removeprefix('torch.')} in a "
+                "float64 run: write losses without casts (ctx.widen where a wider type is meant), or proofs see the "
+                "rounding"
+            )
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the global generators back as they were."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
