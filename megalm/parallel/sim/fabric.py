@@ -85,7 +85,7 @@ class Fabric:
         spoils = self.faults.before(op)
         self._owners.claim(op)
         pending = self.pending[op.rank]
-        checks.check_inputs_arrived(op, pending)
+        checks.check_outputs_arrived(op, pending)
         with torch.no_grad():
             op.sent = [t.detach().clone(memory_format=torch.contiguous_format) for t in op.inputs]
             checks.check_values_arrived(op, self.trace)

@@ -66,7 +66,7 @@ class Operation:
     sent: list[torch.Tensor] = field(default_factory=list)
     """Copies of the inputs."""
     versions: list[int] = field(default_factory=list)
-    """torch's version counters of inputs, then outputs, when the operation had been issued."""
+    """torch's version counters of the outputs, when the operation had been issued."""
     results: list[torch.Tensor] = field(default_factory=list)
     matched: bool = False
     """Everyone has come."""

@@ -125,6 +125,127 @@ def test_an_output_written_before_the_wait() -> None:
     run_simulated(lambda parallel: program(parallel, wait_first=True), tp=2)
 
 
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "add": lambda x: x.add_(1),
+    "times one": lambda x: x.mul_(1),
+    "negate": lambda x: x.neg_(),
+    "absolute": lambda x: x.abs_(),
+    "one element": lambda x: x[..., :1].fill_(7),
+    "zero": lambda x: x.zero_(),
+}
+
+
+def written_early(dtype: torch.dtype, write: Callable[[torch.Tensor], object], where: str) -> Callable[[bool], Program]:
+    """A program that writes what an operation is still to write; one that waits first, if asked to."""
+
+    def program(parallel: ParallelContext, wait_first: bool) -> None:
+        x = torch.ones(8, dtype=dtype)
+        target = {"whole": x, "slice": x[:4], "through base": x[:4], "received": x}[where]
+        work: dist.Work | None
+        if where == "received":
+            work = dist.irecv(x, 0) if parallel.rank else dist.isend(x, 1)
+        else:
+            work = dist.all_reduce(target, async_op=True)
+        assert work is not None
+        if wait_first:
+            work.wait()
+        if where != "received" or parallel.rank == 1:
+            write(x if where == "through base" else target)
+        work.wait()
+
+    return lambda wait_first: lambda parallel: program(parallel, wait_first)
+
+
+@pytest.mark.parametrize("where", ["whole", "slice", "through base", "received"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_arithmetic_on_an_output_before_the_wait(dtype: torch.dtype, write: str, where: str) -> None:
+    """NaN + 1 is NaN: the bits of the NaN must tell."""
+    if dtype.is_complex and write == "absolute":
+        pytest.skip("not defined in place")
+    make = written_early(dtype, WRITES[write], where)
+    with pytest.raises(RaceError, match=r"changed output 0 \(.*before waiting for it"):
+        run_simulated(make(False), dp=2)
+    run_simulated(make(True), dp=2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "write"),
+    [
+        (torch.float32, lambda x: x.clamp_(-1, 1)),
+        (torch.bfloat16, lambda x: x.relu_()),
+        (torch.int64, lambda x: x.mul_(1)),
+        (torch.bool, lambda x: x.logical_or_(torch.ones(8, dtype=torch.bool))),
+        (torch.bool, lambda x: x.logical_not_()),
+        (torch.bool, lambda x: x.zero_()),
+    ],
+)
+def test_a_write_that_leaves_the_bits_as_they_are(dtype: torch.dtype, write: Callable[[torch.Tensor], object]) -> None:
+    """Seen where the output is a memory of its own."""
+    make = written_early(dtype, write, "received")
+    with pytest.raises(RaceError, match="rank 1 changed output 0"):
+        run_simulated(make(False), dp=2)
+    run_simulated(make(True), dp=2)
+
+
+def test_writes_that_no_version_counter_sees() -> None:
+    def through_numpy(parallel: ParallelContext, wait_first: bool = False) -> None:
+        x = torch.ones(3)
+        work = dist.all_reduce(x, async_op=True)
+        assert work is not None
+        if wait_first:
+            work.wait()
+        x.numpy()[0] = 5
+        work.wait()
+
+    def inferring(parallel: ParallelContext, wait_first: bool = False) -> None:
+        with torch.inference_mode():
+            x, rows = torch.ones(1, 3), torch.empty(2, 3)
+            work = all_gather_single(rows, x, async_op=True)
+            assert work is not None
+            if wait_first:
+                work.wait()
+            x.add_(1)
+            work.wait()
+
+    assert "changed output 0" in failure(RaceError, through_numpy, tp=2)
+    assert "changed input 0" in failure(RaceError, inferring, tp=2)
+    run_simulated(lambda parallel: through_numpy(parallel, wait_first=True), tp=2)
+    run_simulated(lambda parallel: inferring(parallel, wait_first=True), tp=2)
+
+
+def test_two_operations_that_write_the_same_memory() -> None:
+    def program(parallel: ParallelContext, wait_first: bool = False) -> None:
+        if parallel.rank == 0:
+            for _ in range(2):
+                dist.send(torch.ones(3), 1)
+            return
+        x = torch.ones(3)
+        works = [dist.irecv(x, 0)]
+        if wait_first:
+            works.pop().wait()  # type: ignore[union-attr]
+        works.append(dist.irecv(x, 0))
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    message = failure(RaceError, program, dp=2)
+    assert "the output of an operation that it has not waited for: recv from rank 0" in message
+    run_simulated(lambda parallel: program(parallel, wait_first=True), dp=2)
+
+
+def test_neighbours_of_an_output_may_be_written() -> None:
+    def program(parallel: ParallelContext) -> torch.Tensor:
+        buffer = torch.ones(8)
+        work = dist.all_reduce(buffer[:4], async_op=True)
+        assert work is not None
+        buffer[4:].add_(2)
+        work.wait()
+        return buffer
+
+    assert run_simulated(program, tp=2)[1].tolist() == [2.0] * 4 + [3.0] * 4
+
+
 def test_neighbouring_slices_of_one_buffer_are_apart() -> None:
     """Gradient buckets in one flat buffer share torch's version counter, but no bytes."""
 
