@@ -104,6 +104,25 @@ class TestTorchrun:
         assert found["layout"] == {"tp": 2, "sp": True, "pp": 1, "dp": 1}
         assert re.fullmatch("[0-9a-f]{64}", found["weights_sha256"])
 
+    @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+    def test_pipelines_train_as_one_rank_does(
+        self, torchrun: Any, write_config: Any, tmp_path: Path, schedule: str
+    ) -> None:
+        """Losses, norms and evaluation of a run, and the text that it samples."""
+        same = ["model.layers=4", "train.micro_batch=2", "model.dropout=0.1", "sample.tokens=12"]
+        runs = {"one": [], "cut": ["parallel.pp=2", f"parallel.pp_schedule={schedule}"]}
+        found = {}
+        for name, layout in runs.items():
+            command = [write_config(), "--set", *same, *layout, f"run.dir={name}"]
+            done = torchrun(command, cwd=tmp_path, ranks=1 + bool(layout))
+            assert done.returncode == 0, done.stderr
+            records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            figures = [record.get("eval", record)["loss"] for record in records]
+            figures += [record["grad_norm"] for record in records if "grad_norm" in record]
+            found[name] = figures, (tmp_path / name / "sample.txt").read_text()
+        assert found["cut"][0] == pytest.approx(found["one"][0], rel=1e-9)
+        assert found["cut"][1] == found["one"][1]
+
     def test_usage_error_ends_both_ranks_with_2(self, torchrun: Any, write_config: Any, tmp_path: Path) -> None:
         before = files(tmp_path) | {"run.toml"}
         done = torchrun([write_config(), "--set", "train.lr=abc", *TP2], cwd=tmp_path)

@@ -24,6 +24,7 @@ COMMON = ["train.steps=9", "checkpoint.every=2", "model.dropout=0.2", "eval.ever
 LAYOUTS = {
     "tp2+sp": ["parallel.tp=2", "parallel.sp=true", "model.attention_dropout=0.1", "train.micro_batch=4"],
     "dp2 accumulating": ["parallel.dp=2", "train.micro_batch=2"],
+    "pp2 zb-v": ["parallel.pp=2", "parallel.pp_schedule=zb-v", "model.layers=4", "train.micro_batch=2"],
     "bfloat16": ["parallel.tp=2", "train.precision=bfloat16"],
 }
 
