@@ -10,6 +10,7 @@ import importlib
 import json as jsonlib
 import os
 import random
+import re
 import sys
 import time
 import traceback
@@ -32,8 +33,13 @@ _HOMES = {
     "objectives": ("megalm.testing.objective", "ObjectiveSubject"),
     "tokenizers": ("megalm.testing.tokenizer", "TokenizerSubject"),
     "heads": ("megalm.testing.head", "HeadSubject"),
+    "pipeline_schedules": ("megalm.testing.schedule", "ScheduleSubject"),
 }
+_TORCH_FREE = ("tokenizers", "pipeline_schedules")
+_TEMPORARY = re.compile(r"^.*?[/\\]run\.toml(:\d+)?: ")
+"""Where a problem is in a run that a subject wrote for itself, which nobody can look up."""
 _INTERRUPTED = 130
+_PREPARATION = "It can be set up as the checks need it"
 
 
 def check_plugin(
@@ -41,11 +47,16 @@ def check_plugin(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A component (mlm, plugin:mlm, mlm+nsp), or a plugin or distribution for all that it has.",
+            help="A component (mlm, plugin:mlm, mlm+nsp, csv:FILE), or a plugin or distribution for all that it has.",
         ),
     ],
     kind: Annotated[
-        str | None, typer.Option("--kind", metavar="KIND", help="objective, tokenizer or head, where NAME is several.")
+        str | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="objective, tokenizer, head or pipeline_schedule, where NAME is several.",
+        ),
     ] = None,
     layouts: Annotated[
         str, typer.Option("--layouts", metavar="quick|full", help="A sample, or every layout and more cases.")
@@ -59,7 +70,7 @@ def check_plugin(
             "--set",
             metavar="KEY=VALUE",
             help="For a tokenizer or a head one of its settings (vocab_size=300); for an objective a key of a run "
-            "(objective.mlm.mask_prob=0.3). May be repeated.",
+            "(objective.mlm.mask_prob=0.3); a pipeline schedule takes none. May be repeated.",
         ),
     ] = None,
     only: Plugins = None,
@@ -79,6 +90,8 @@ def check_plugin(
     chosen = targets(name, kinds, manager)
     if sets and len(chosen) > 1:
         raise UsageError(f'--set is for one component, and "{name}" is {len(chosen)}: {", ".join(map(str, chosen))}')
+    if sets and chosen[0].kind == "pipeline_schedules":
+        raise UsageError(f"--set {sets[0]}: {chosen[0]} is checked without settings")
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     view = view_for(json)
@@ -116,6 +129,8 @@ class _Prepared:
     checks: tuple[Any, ...] = ()
     subject: Any = None
     wrong: str = ""
+    lacks: str | None = None
+    """The argument without which there is nothing to examine."""
     seconds: float = 0.0
 
     def __enter__(self) -> _Prepared:
@@ -127,24 +142,38 @@ class _Prepared:
 
 
 def _prepare(target: Target, manager: PluginManager, settings: Sequence[str], full: bool, seed: int) -> _Prepared:
-    """Import the checks and make their subject. ConfigError for settings of the command line that are refused."""
-    from megalm.errors import ConfigError, MegalmError
+    """Import the checks and make their subject.
+
+    UsageError for what was asked for and cannot be: settings that are refused, parts that cannot be joined, an argument
+    that cannot be used.
+    """
+    from megalm.errors import ConfigError, MegalmError, UsageError
 
     began = time.perf_counter()
-    found = _Prepared()
+    found = _Prepared(lacks=target.lacks)
+    if target.lacks is not None:
+        return found
     try:
         package, attribute = _HOMES[target.kind]
         found.checks = importlib.import_module(f"{package}.checks").CHECKS
         make = getattr(importlib.import_module(f"{package}.subject"), attribute)
-        found.subject = make(target.name, manager=manager, settings=tuple(settings), full=full, seed=seed)
+        found.subject = make(target.spec, manager=manager, settings=tuple(settings), full=full, seed=seed)
+        if target.argument is not None:
+            found.subject.chosen.schedule.fixed_shape  # noqa: B018  reads the argument's file, if it is one
     except ConfigError as error:
+        problems = [_TEMPORARY.sub("", problem) for problem in error.problems]
+        if len(target.components) > 1 and all(problem.startswith("train.objective: ") for problem in problems):
+            reasons = "; ".join(problem.removeprefix("train.objective: ") for problem in problems)
+            raise UsageError(f"{target.name} cannot be one objective (train.objective): {reasons}") from None
         if settings:
+            raise ConfigError(problems) from None
+        found.wrong = str(ConfigError(problems))
+    except MegalmError as error:
+        if target.argument is not None and isinstance(error, UsageError):
             raise
         found.wrong = str(error)
-    except MegalmError as error:
-        found.wrong = str(error)
-    except Exception:
-        found.wrong = traceback.format_exc().rstrip()
+    except Exception as error:
+        found.wrong = f"{type(error).__name__}: {error}\n{traceback.format_exc().rstrip()}"
     found.seconds = time.perf_counter() - began
     return found
 
@@ -157,24 +186,30 @@ def _results(target: Target, manager: PluginManager, prepared: _Prepared, table:
     # These ask for no more than a name, so that they can tell why a subject could not be made.
     shared = component_checks(target.kind)
     plain = SimpleNamespace(manager=manager, name=target.name)
-    for check in shared:
-        table.running(check.name)
-        yield from run_checks([check], plain)
+    yield from run_checks(_announced(shared, table), plain)
+    if prepared.lacks is not None:
+        yield Result("preparation", _PREPARATION, "not applicable", f"needs an argument, {prepared.lacks}", 0.0)
+        return
     if prepared.subject is None:
         text = f"{prepared.wrong}\nso the other checks could not be run"
-        yield Result("preparation", "It can be set up as the checks need it", "failed", text, prepared.seconds)
+        yield Result("preparation", _PREPARATION, "failed", text, prepared.seconds)
         return
     already = {check.name for check in shared}
-    for check in prepared.checks:
-        if check.name not in already:
-            table.running(check.name)
-            yield from run_checks([check], prepared.subject)
+    left = [check for check in prepared.checks if check.name not in already]
+    yield from run_checks(_announced(left, table), prepared.subject)
+
+
+def _announced(checks: Sequence[Any], table: View.Table) -> Iterator[Any]:
+    """Each check, which the table shows from when it is taken."""
+    for check in checks:
+        table.running(check.name)
+        yield check
 
 
 @contextlib.contextmanager
 def _one_thread(chosen: Sequence[Target]) -> Iterator[None]:
     """One thread for torch, where it is used: simulated ranks share a core, and two threads are slower than one."""
-    if all(target.kind == "tokenizers" for target in chosen):
+    if all(target.kind in _TORCH_FREE for target in chosen):
         yield
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -196,7 +231,7 @@ def _own_output(json: bool) -> Iterator[None]:
 
 
 def _document(rows: Sequence[tuple[Target, Sequence[Result]]], layouts: str, seed: int) -> dict[str, Any]:
-    from megalm.plugin.registry import singular
+    from megalm.cli.check_targets import one_of
 
     return {
         "passed": not any(result.status == "failed" for _, results in rows for result in results),
@@ -204,8 +239,8 @@ def _document(rows: Sequence[tuple[Target, Sequence[Result]]], layouts: str, see
         "layouts": layouts,
         "components": [
             {
-                "kind": singular(target.kind),
-                "name": target.name,
+                "kind": one_of(target.kind),
+                "name": target.spec,
                 "plugins": [
                     {"name": c.plugin.name, "dist": c.plugin.dist, "version": c.plugin.version}
                     for c in target.components

@@ -153,6 +153,5 @@ class _Growing:
 
 
 def _first_line(text: str) -> str:
-    """What the table shows: of a traceback, the exception and not that there is one."""
-    lines = text.strip().splitlines() or [""]
-    return lines[-1] if lines[0].startswith("Traceback ") else lines[0]
+    """What the table shows: the message itself. Where it was raised, and by which rank, follows below the table."""
+    return (text.strip().splitlines() or [""])[0]

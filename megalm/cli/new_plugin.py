@@ -18,12 +18,12 @@ def new_plugin(
 ) -> None:
     """Write a package with a plugin that works, its tests and its README."""
     from megalm.cli.check_targets import kind_of
-    from megalm.cli.scaffold import check_name, dist_name, write_plugin
+    from megalm.cli.scaffold import SUMMARIES, check_name, dist_name, write_plugin
     from megalm.data.folder import new_folder
     from megalm.errors import UsageError
     from megalm.plugin.manager import PluginManager
 
-    (chosen,) = kind_of(kind)
+    (chosen,) = kind_of(kind, tuple(SUMMARIES))
     check_name(name, chosen, PluginManager.for_launch(None))
     folder = out if out is not None else Path(dist_name(name))
     if os.path.lexists(folder):

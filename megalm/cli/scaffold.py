@@ -33,7 +33,12 @@ _LONGEST = 50
 
 
 def check_name(name: str, kind: str, manager: PluginManager) -> None:
-    """UsageError unless a plugin of this name would be the only one of its name, in every way that names are used."""
+    """UsageError unless a plugin of this name would be the only one of its name, in every way that names are used.
+
+    ``megalm check-plugin NAME`` takes components, plugins and distributions, so a distribution may not have the name,
+    nor a module that one brings (``yaml``). Modules of Python itself, such as ``json``, are in nobody's way: the
+    plugin's own module is ``megalm_NAME``.
+    """
     if not _NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > _LONGEST:
         near = re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_")[:_LONGEST]
         usable = _NAME.fullmatch(near) and not keyword.iskeyword(near)
@@ -47,8 +52,11 @@ def check_name(name: str, kind: str, manager: PluginManager) -> None:
     module, dist = module_name(name), dist_name(name)
     if find_spec(module) is not None:
         taken.append(f"the Python module {module}")
-    with suppress(metadata.PackageNotFoundError):
-        taken.append(f"the distribution {dist} {metadata.version(dist)}")
+    for each in (name, dist):
+        with suppress(metadata.PackageNotFoundError):
+            found = metadata.distribution(each)
+            taken.append(f"the distribution {found.metadata['Name']} {found.version}")
+    taken += [f"the Python module {name} of {owner}" for owner in metadata.packages_distributions().get(name, ())]
     if taken:
         raise UsageError(f'the name "{name}" is taken: {taken[0]} is installed; choose another')
 

@@ -64,7 +64,7 @@ def _with_kinds(name: str, order: PipelineOrder) -> PipelineOrder:
 
 def choose(text: str, manager: PluginManager) -> Chosen:
     """Find a schedule by name. PluginError where it is unknown, lacks its argument, or has one that it cannot use."""
-    name, argument = _split(text, manager)
+    name, argument = split_argument(text, manager)
     component = manager.get(KIND, name)
     cls: type[PipelineSchedule] = manager.load_class(KIND, name)
     if argument is None and cls.argument_name is not None:
@@ -75,7 +75,7 @@ def choose(text: str, manager: PluginManager) -> Chosen:
     return Chosen(text, cls(cfg, argument))
 
 
-def _split(text: str, manager: PluginManager) -> tuple[str, str | None]:
+def split_argument(text: str, manager: PluginManager) -> tuple[str, str | None]:
     """Name and argument. The first word is a component's name, unless it is a plugin's that has the second."""
     registry = manager.registry(KIND)
     head, colon, rest = text.partition(":")

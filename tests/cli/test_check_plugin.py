@@ -133,18 +133,27 @@ def test_settings_reach_the_component(good, few, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["god"], 'no objective, tokenizer or head and no plugin is called "god"; did you mean "good"?'),
-        (["nothing-like-it"], "components: broken, byte"),
-        (["broken", "--kind", "tokeniser"], 'expected objective, tokenizer or head; did you mean "tokenizer"?'),
+        (["god"], 'head or pipeline schedule and no plugin is called "god"; did you mean "good"?'),
+        (["nothing-like-it"], "components: 1f1b, broken, byte"),
+        (["broken", "--kind", "tokeniser"], 'head or pipeline_schedule; did you mean "tokenizer"?'),
         (["broken", "--kind", "objective"], 'no objective and no plugin is called "broken"'),
         (["good"], 'write "good:good" or "other:good"'),
         (["nobody:good"], "it is offered by"),
         (["mlm+nps"], 'unknown objective "nps"; did you mean "nsp"?'),
         (["mlm+nsp", "--kind", "tokenizer"], "only objectives are joined"),
-        (["architectures"], 'plugin "architectures" has no objective, tokenizer or head to check'),
+        (["architectures"], 'plugin "architectures" has no objective, tokenizer, head or pipeline schedule to check'),
         (["other", "--set", "vocab_size=300"], "--set is for one component"),
         (["broken", "--set", "vocab_size=x"], "tokenizer.broken.vocab_size: expected an integer"),
         (["broken", "--set", "vocab_sise=300"], "unknown key; did you mean"),
+        (["mlm+mlm"], 'mlm+mlm cannot be one objective (train.objective): names "mlm" twice'),
+        (["mlm+causal_lm"], "(train.objective): causal_lm needs causal attention, mlm needs bidirectional attention"),
+        (["mlm+mlm", "--set", "objective.mlm.mask_prob=0.3"], '(train.objective): names "mlm" twice'),
+        (["csv"], 'pipeline schedule "csv" needs an argument: write csv:FILE'),
+        (["csv:no-such.csv"], "no-such.csv: cannot be read"),
+        (["gpipe:x"], 'pipeline schedule "gpipe" takes no argument'),
+        (["nobody:csv:x"], 'unknown pipeline schedule "nobody:csv"; it is offered by pipeline_schedules'),
+        (["csv:x", "--kind", "head"], 'no head and no plugin is called "csv:x"'),
+        (["gpipe", "--set", "a=1"], "--set a=1: pipeline schedule gpipe of plugin pipeline_schedules"),
         (["broken", "--layouts", "fulll"], 'expected quick or full; did you mean "full"?'),
         (["broken", "--plugins", "othr"], 'did you mean "other"?'),
         (["broken", "--seed", "-1"], "--seed"),
@@ -157,6 +166,84 @@ def test_usage_errors_are_one_message_and_status_2(broken, monkeypatch, capsys, 
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+    assert "run.toml" not in err  # of a temporary folder
+
+
+@pytest.mark.parametrize("kind", ["pipeline_schedule", "pipeline_schedules", "pipeline schedule"])
+def test_a_pipeline_schedule(kind, monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "gpipe", "--json", "--kind", kind)
+    assert status == 0
+    (component,) = json.loads(out)["components"]
+    assert (component["kind"], component["name"]) == ("pipeline_schedule", "gpipe")
+    from megalm.testing.schedule.checks import CHECKS
+
+    assert [check["name"] for check in component["checks"]] == [check.name for check in CHECKS]
+
+
+ORDERS = {
+    "good": "0F0,0BW0\n1F0,1BW0\n",
+    "stuck": "0BW0,0F0\n1F0,1BW0\n",
+    "torn": "0F0,0B",
+}
+
+
+@pytest.mark.parametrize(("what", "expected"), [("good", 0), ("stuck", 1), ("torn", 2)])
+@pytest.mark.parametrize("prefix", ["csv", "pipeline_schedules:csv"])
+def test_a_schedule_with_an_argument(what, expected, prefix, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "an+order.csv"
+    path.write_text(ORDERS[what])
+    status, out, err = run(monkeypatch, capsys, f"{prefix}:{path}")
+    assert status == expected, out + err
+    if expected == 2:
+        assert (out, "Traceback" in err, str(path) in err) == ("", False, True)
+    else:
+        assert out.startswith(f"pipeline schedule {prefix}:{path} of plugin pipeline_schedules")
+        assert re.search(r"^passed +component ", out, re.MULTILINE)
+        assert re.search(rf"^{'failed' if expected else 'passed'} +runs ", out, re.MULTILINE)
+
+
+def test_in_a_whole_plugin_what_needs_an_argument_is_listed(monkeypatch, capsys):
+    from megalm.testing.schedule import checks
+
+    monkeypatch.setattr(checks, "CHECKS", ())
+    status, out, _ = run(monkeypatch, capsys, "pipeline_schedules")
+    assert status == 0, out
+    tables = re.split("^pipeline schedule ", out, flags=re.MULTILINE)[1:]
+    assert {table.split()[0] for table in tables} >= {"gpipe", "1f1b", "csv"}
+    (row,) = re.findall(r"^not applicable +preparation .*$", out, re.MULTILINE)
+    assert row.endswith(": needs an argument, csv:FILE")
+    assert row in next(table for table in tables if table.startswith("csv "))
+
+
+def test_a_row_shows_what_is_wrong_and_not_which_rank_said_so(good, monkeypatch, capsys):
+    from megalm.testing.check import Check
+    from megalm.testing.tokenizer import checks
+
+    def fail(subject):
+        error = ValueError("no such thing")
+        error.add_note("raised by simulated rank 2 of 4")
+        raise error
+
+    monkeypatch.setattr(checks, "CHECKS", (Check("one", "One", fail),))
+    status, out, _ = run(monkeypatch, capsys, "good:good")
+    assert status == 1
+    assert re.search(r"^failed +one .* One: ValueError: no such thing$", out, re.MULTILINE)
+    assert "raised by simulated rank 2 of 4" in out.partition("\n\n")[2]
+
+
+def test_what_fails_in_preparation_is_told_first_too(good, monkeypatch, capsys):
+    from megalm.testing.tokenizer import subject
+
+    def fail(*args, **kwargs):
+        error = KeyError("gone")
+        error.add_note("raised by simulated rank 2 of 4")
+        raise error
+
+    monkeypatch.setattr(subject, "TokenizerSubject", fail)
+    status, out, _ = run(monkeypatch, capsys, "good:good")
+    assert status == 1
+    assert re.search(r"^failed +preparation .*: KeyError: 'gone'$", out, re.MULTILINE)
+    assert "raised by simulated rank 2 of 4" in out.partition("\n\n")[2]
 
 
 def test_what_names_stand_for(broken):

@@ -177,6 +177,9 @@ def test_names_that_are_those_of_things_in_the_template(name, monkeypatch, capsy
         ("mlm", "taken: objective mlm of plugin objectives .* is installed"),
         ("objectives", "taken: plugin objectives .* is installed"),
         ("plugins", "the Python module megalm_plugins is installed"),
+        ("megalm", "taken: the distribution megalm .* is installed"),
+        ("megalm_plugins", "taken: the Python module megalm_plugins of megalm is installed"),
+        ("numpy", r"taken: the distribution numpy [\d.]+ is installed"),
     ],
 )
 def test_names_that_are_refused(name, message, monkeypatch, capsys, tmp_path):
@@ -193,6 +196,30 @@ def test_a_distribution_of_that_name_is_enough(monkeypatch, capsys, tmp_path, fa
     assert status == 2
     assert "the distribution megalm-some-thing 1.0 is installed" in err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("good_things", "the distribution Good.Things 1.0"), ("gthings", "module gthings of Good.Things")],
+)
+def test_a_distribution_that_is_no_plugin_takes_its_names(name, said, monkeypatch, capsys, tmp_path, fake_dist):
+    root = fake_dist("Good.Things", {}, {"gthings/__init__.py": ""})
+    (next(root.glob("*.dist-info")) / "top_level.txt").write_text("gthings\n")
+    status, _, err = run(monkeypatch, capsys, name, "--kind", "head", "--out", tmp_path / "new")
+    assert status == 2
+    assert f'the name "{name}" is taken: ' in err
+    assert said in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_module_of_python_itself_is_in_nobodys_way(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, capsys, "json", "--kind", "tokenizer", "--out", tmp_path / "new")[0] == 0
+
+
+def test_a_folder_that_happens_to_be_on_the_path_takes_no_name(monkeypatch, capsys, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(monkeypatch, capsys, "corpus", "--kind", "tokenizer", "--out", tmp_path / "new")[0] == 0
 
 
 def test_a_component_of_another_kind_may_have_the_name(monkeypatch, capsys, tmp_path):
@@ -239,6 +266,8 @@ def test_a_kind_without_a_template_is_refused(monkeypatch, capsys, tmp_path):
     status, _, err = run(monkeypatch, capsys, "mine", "--kind", "optimizer", "--out", tmp_path / "new")
     assert status == 2
     assert "--kind optimizer: expected objective, tokenizer or head" in err
+    status, _, err = run(monkeypatch, capsys, "mine", "--kind", "pipeline_schedule")  # which has checks
+    assert (status, "expected objective, tokenizer or head" in err) == (2, True)
     assert run(monkeypatch, capsys, "mine")[0] == 2
 
 
