@@ -110,6 +110,7 @@ class TestTorchrun:
     ) -> None:
         """Losses, norms and evaluation of a run, and the text that it samples."""
         same = ["model.layers=4", "train.micro_batch=2", "model.dropout=0.1", "sample.tokens=12"]
+        same += ["train.precision=float64"]
         runs = {"one": [], "cut": ["parallel.pp=2", f"parallel.pp_schedule={schedule}"]}
         found = {}
         for name, layout in runs.items():
