@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from megalm.config.schema import Config
-    from megalm.plan.comm import Planner, RankClass
+    from megalm.plan.comm import RankClass
+    from megalm.plan.recording import Grid
     from megalm.train.prepare import Prepared
 
 
@@ -23,7 +24,7 @@ def plan(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)],
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option("--ranks", min=1, help="Ranks of the launch; default: parallel.tp * parallel.dp.")
+        int | None, typer.Option("--ranks", min=1, help="Ranks of the launch; default: parallel.tp * pp * dp.")
     ] = None,
     comm: Annotated[bool, typer.Option("--comm", help="Show what each rank sends in an optimizer step.")] = False,
     evaluation: Annotated[bool, typer.Option("--eval", help="With --comm: show an evaluation as well.")] = False,
@@ -50,13 +51,14 @@ def plan(
     if layout.pp > 1 and comm:
         raise UsageError("megalm plan --comm does not count the messages of pipelines yet; leave parallel.pp at 1")
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
-    planner = Planner(prepared.spec, grid, resolved.config.train.precision)
     volumes: dict[str, list[RankClass]] = {}
     if comm:
+        planner = Planner(prepared.spec, grid, resolved.config.train.precision)
         volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))
-    if evaluation:
-        volumes["evaluation"] = planner.evaluation(prepared.objective, lambda dp: _evaluation(prepared, dp, grid.dp))
-    facts = _facts(prepared, planner)
+        if evaluation:
+            found = planner.evaluation(prepared.objective, lambda dp: _evaluation(prepared, dp, grid.dp))
+            volumes["evaluation"] = found
+    facts = _facts(prepared, grid)
     if json:
         from megalm.plan.report import communication
 
@@ -68,7 +70,7 @@ def plan(
     show_facts(facts)
     for name, found in volumes.items():
         show_communication(name, found)
-    if not comm:
+    if not comm and layout.pp == 1:
         typer.echo("\n--comm shows what ranks send to each other in a step.")
 
 
@@ -86,23 +88,38 @@ def _ranks(config: Config, given: int | None) -> int:
     return config.parallel.tp * config.parallel.pp * config.parallel.dp
 
 
-def _facts(prepared: Prepared, planner: Planner) -> dict[str, Any]:
-    config, grid = prepared.resolved.config, planner.grid
+def _facts(prepared: Prepared, grid: Grid) -> dict[str, Any]:
+    from megalm.plan.parameters import held_parameters
+
+    config, pipeline = prepared.resolved.config, prepared.pipeline
+    stages = [
+        {
+            "stage": stage.number,
+            "pp_place": pipeline.order.placement[stage.number],
+            "layers": [stage.layers.start, stage.layers.stop],
+        }
+        for stage in pipeline.stages
+    ]
     return {
         "layout": {
-            "ranks": grid.size,
+            "ranks": grid.size * len(pipeline.order.ranks),
+            "pp": len(pipeline.order.ranks),
             "tp": grid.tp,
             "sp": grid.sharded,
             "dp": grid.dp,
             "micro_batch": config.train.micro_batch,
-            "microbatches": config.train.global_batch // (config.train.micro_batch * grid.dp),
+            "microbatches": pipeline.order.microbatches,
         },
+        "pipeline": {"schedule": pipeline.name, "stages": stages},
         "model": {
             "architecture": config.model.architecture,
             "objective": prepared.objective.name,
             "precision": config.train.precision,
         },
-        "parameters": {"total": prepared.spec.parameter_count(), "by_tp_place": planner.parameters()},
+        "parameters": {
+            "total": prepared.spec.parameter_count(),
+            "by_place": held_parameters(prepared.spec, pipeline, grid),
+        },
     }
 
 

@@ -24,18 +24,45 @@ def _console() -> Console:
 
 
 def show_facts(facts: dict[str, Any]) -> None:
-    """Layout, model and parameters."""
+    """Layout, model and parameters, and the pipeline's stages where it has several."""
     layout, model, parameters = facts["layout"], facts["model"], facts["parameters"]
-    held = parameters["by_tp_place"]
-    few, many = f"{min(held):,}", f"{max(held):,}"
     table = Table(box=None, show_header=False, pad_edge=False)
     sp = " + sp" if layout["sp"] else ""
-    table.add_row("layout", f"tp {layout['tp']}{sp}, dp {layout['dp']}: {layout['ranks']} rank(s)")
+    pp = f"pp {layout['pp']}, " if layout["pp"] > 1 else ""
+    table.add_row("layout", f"{pp}tp {layout['tp']}{sp}, dp {layout['dp']}: {layout['ranks']} rank(s)")
     table.add_row("step", f"{layout['microbatches']} microbatch(es) of {layout['micro_batch']} row(s) on a rank")
     table.add_row("model", Text(f"{model['architecture']}, {model['objective']}, {model['precision']}"))
     table.add_row("parameters", f"{parameters['total']:,}")
-    table.add_row("on a rank", many if few == many else f"{few} to {many}")
+    table.add_row("on a rank", _span([count for places in parameters["by_place"] for count in places]))
     _console().print(table)
+    if len(facts["pipeline"]["stages"]) > 1:
+        _show_pipeline(facts["pipeline"], parameters["by_place"])
+
+
+def _show_pipeline(pipeline: dict[str, Any], held: list[list[int]]) -> None:
+    """A row for each pipeline rank: its stages, their layers, and what its ranks hold."""
+    table = Table("pp rank", "stages", "layers", "parameters on a rank", box=None, pad_edge=False)
+    table.header_style = "bold"
+    for place, counts in enumerate(held):
+        mine = [stage for stage in pipeline["stages"] if stage["pp_place"] == place]
+        numbers = ", ".join(str(stage["stage"]) for stage in mine)
+        layers = ", ".join(_layers(*stage["layers"]) for stage in mine)
+        table.add_row(str(place), numbers, layers, _span(counts))
+    console = _console()
+    console.print(Text(f"\nPipeline schedule {pipeline['schedule']}, {len(pipeline['stages'])} stages:\n"))
+    console.print(table)
+
+
+def _layers(start: int, stop: int) -> str:
+    """Numbers of the first and the last layer; a stage may have none."""
+    if start == stop:
+        return "none"
+    return str(start) if stop - start == 1 else f"{start}-{stop - 1}"
+
+
+def _span(counts: list[int]) -> str:
+    few, many = f"{min(counts):,}", f"{max(counts):,}"
+    return many if few == many else f"{few} to {many}"
 
 
 def show_communication(what: str, classes: list[RankClass]) -> None:

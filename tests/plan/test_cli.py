@@ -8,11 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from megalm.cli.app import main
+from megalm.model.language_model import LanguageModel
+from megalm.nn.module import materialise
+from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.sim import run_simulated
 from megalm.testing.runs import TEMPLATE
+from megalm.train.prepare import Prepared
 
 Plan = Callable[..., tuple[int, str, str]]
+PreparedRun = Callable[..., Prepared]
 
 
 @pytest.fixture
@@ -63,14 +70,15 @@ def test_json_has_exact_bytes_of_every_rank(plan: Plan) -> None:
     status, out, _ = plan(*arguments, "model.vocab_size=301")
     assert status == 0
     found = json.loads(out)
-    assert found["layout"] == {"ranks": 4, "tp": 2, "sp": False, "dp": 2, "micro_batch": 2, "microbatches": 2}
+    sizes = {"ranks": 4, "pp": 1, "tp": 2, "sp": False, "dp": 2}
+    assert found["layout"] == {**sizes, "micro_batch": 2, "microbatches": 2}
     assert set(found["communication"]) == {"step", "evaluation"}
     first, second = found["communication"]["step"]["classes"]
     assert (first["ranks"], second["ranks"]) == ([0, 2], [1, 3])
     assert found["communication"]["step"]["largest_rank"] == 0
     for place, each in enumerate((first, second)):
         gradients = next(item for item in each["items"] if item["item"] == "data-parallel gradients")
-        assert gradients["payload_bytes"] == found["parameters"]["by_tp_place"][place] * 8
+        assert gradients["payload_bytes"] == found["parameters"]["by_place"][0][place] * 8
         for name in ("calls", "payload_bytes", "wire_bytes"):
             axes = [each["totals"][axis][name] for axis in ("tp", "dp")]
             assert sum(axes) == each["totals"]["all"][name] == sum(item[name] for item in each["items"])
@@ -88,6 +96,66 @@ def test_one_rank_says_nothing(plan: Plan) -> None:
     assert only == {"ranks": [0], "items": [], "totals": {"all": {"calls": 0, "payload_bytes": 0, "wire_bytes": 0}}}
 
 
+PIPELINE = ("--ranks", "8", "--set", "parallel.pp=2", "--set", "train.micro_batch=2", "--set", "model.layers=5")
+
+
+def held_in_training(prepared_run: PreparedRun, *overrides: str) -> dict[tuple[int, int], int]:
+    """Elements of the weights that simulated ranks allocate, by place on the pipeline and the tensor-parallel axis."""
+    prepared = prepared_run("llama", *overrides, "train.micro_batch=2", world_size=8)
+
+    def count(parallel: ParallelContext) -> tuple[tuple[int, int], int]:
+        model = LanguageModel(prepared.spec, parallel, prepared.pipeline.stages_of(parallel.pp.index))
+        materialise(model, parallel, 0, torch.float64)
+        return (parallel.pp.index, parallel.tp.index), sum(p.numel() for p in model.parameters())
+
+    return dict(run_simulated(count, pp=2, tp=2, dp=2))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.vocab_size=301", "parallel.pp_split=[1,4]"),
+        ("model.tie_embeddings=true", "model.vocab_size=301"),
+        ("parallel.pp_schedule='interleaved'", "parallel.pp_virtual=2"),
+        ("parallel.pp_schedule='zb-v'",),
+    ],
+    ids=str,
+)
+def test_each_rank_of_a_pipeline_has_what_it_will_hold(
+    plan: Plan, prepared_run: PreparedRun, overrides: tuple[str, ...]
+) -> None:
+    more = [word for override in overrides for word in ("--set", override)]
+    status, out, err = plan("--json", *PIPELINE, *more)
+    assert status == 0, err
+    found = json.loads(out)
+    held = held_in_training(prepared_run, "model.layers=5", "parallel.pp=2", "parallel.tp=2", *overrides)
+    assert {(p, t): n for p, row in enumerate(found["parameters"]["by_place"]) for t, n in enumerate(row)} == held
+    layout = found["layout"]
+    assert (layout["ranks"], layout["pp"], layout["tp"], layout["dp"], layout["microbatches"]) == (8, 2, 2, 2, 2)
+    layers = [number for stage in found["pipeline"]["stages"] for number in range(*stage["layers"])]
+    assert layers == [0, 1, 2, 3, 4]
+
+
+def test_without_tensor_parallelism_pipeline_ranks_add_up_to_the_model(plan: Plan) -> None:
+    status, out, _ = plan("--json", *PIPELINE, "--set", "parallel.tp=1")
+    assert status == 0
+    parameters = json.loads(out)["parameters"]
+    assert sum(only for (only,) in parameters["by_place"]) == parameters["total"]
+
+
+def test_a_pipeline_is_shown_stage_by_stage(plan: Plan) -> None:
+    more = ("--set", "parallel.pp_schedule=zb-v", "--set", "parallel.pp_split=[2,1,1,1]")
+    status, out, _ = plan(*PIPELINE, *more)
+    assert status == 0
+    assert "pp 2, tp 2, dp 2: 8 rank(s)" in out
+    assert "2 microbatch(es) of 2 row(s)" in out
+    assert "Pipeline schedule zb-v, 4 stages" in out
+    rows = {line.split()[0]: line.split("  ") for line in out.splitlines() if line[:2] in ("0 ", "1 ")}
+    cells = {place: [cell.strip() for cell in row if cell.strip()][:3] for place, row in rows.items()}
+    assert cells == {"0": ["0", "0, 3", "0-1, 4"], "1": ["1", "1, 2", "2, 3"]}
+    assert "--comm" not in out  # which pipelines do not have
+
+
 MISTAKES = [
     ((), "give --ranks N, a multiple of tp * pp = 2"),
     (("--ranks", "3"), "parallel.tp = 2 does not divide the 3 rank(s)"),
@@ -97,6 +165,7 @@ MISTAKES = [
     (("--ranks", "2", "--set", "train.micro_batch=3"), "train.global_batch = 8 is not a multiple"),
     (("--ranks", "2", "--set", "data.path=nowhere"), "nowhere"),
     (("--ranks", "2", "--eval"), "give both"),
+    ((*PIPELINE, "--comm"), "does not count the messages of pipelines yet"),
     (("--ranks", "2", "--com"), "--com"),
     (("--ranks", "2", "--plugins", "nosuch"), "nosuch"),
 ]
