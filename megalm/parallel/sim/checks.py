@@ -36,7 +36,9 @@ def seal(op: Operation) -> None:
 def check_untouched(op: Operation) -> None:
     """RaceError where a tensor of the operation was changed since :func:`seal`."""
     for number, (tensor, sent) in enumerate(zip(op.inputs, op.sent, strict=True)):
-        if not any(_overlap(tensor, o) for o in op.outputs) and not _same_bytes(tensor, sent):
+        if op.spoilt or any(_overlap(tensor, o) for o in op.outputs):
+            continue
+        if not _same_bytes(tensor, sent):
             raise _touched(op, f"input {number} ({spell(tensor)})", "sends what is there when the data leaves")
     counts = op.versions != [_version(t) for t in op.outputs] and _own_all_memory(op.outputs)
     for number, tensor in enumerate(op.outputs):

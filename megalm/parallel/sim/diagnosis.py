@@ -26,7 +26,7 @@ def deadlock_report(scheduler: Scheduler, fabric: Fabric) -> str:
             lines.append(f"  rank {rank.number}: {rank.dropped or 'has ended'}")
         for wait in _open(rank):
             lines += _describe(rank, wait, ranks)
-    waited = {wait for rank in ranks for wait in rank.waits}
+    waited = {wait for rank in ranks for wait in (*rank.waits, rank.polls)}
     idle = [op for ops in fabric.pending.values() for op in ops if not op.matched and op not in waited]
     if idle:
         lines.append("  issued, without a peer, and not being waited for:")
@@ -37,18 +37,17 @@ def deadlock_report(scheduler: Scheduler, fabric: Fabric) -> str:
 def missing_ranks(wait: Waitable, ranks: list[RankThread]) -> list[int]:
     """World ranks without which the waiting does not end."""
     if isinstance(wait, Operation):
-        if wait.is_p2p:
-            return [wait.peer_rank]
-        assert wait.call is not None
-        here = wait.group.open[wait.call]
-        return [rank for place, rank in enumerate(wait.group.ranks) if place not in here]
+        return wait.missing_ranks
     if isinstance(wait, StoreWait):
         return [r.number for r in ranks if not any(isinstance(w, StoreWait) and w.keys == wait.keys for w in r.waits)]
     return []
 
 
 def _open(rank: RankThread) -> list[Waitable]:
-    return [] if rank.state == "ended" else [wait for wait in rank.waits if not wait.done]
+    if rank.state == "ended":
+        return []
+    waits = rank.waits if rank.waits or rank.polls is None else (rank.polls,)
+    return [wait for wait in waits if not wait.done]
 
 
 def _gone(ranks: list[RankThread], needs: Mapping[int, list[int]]) -> list[str]:
@@ -62,7 +61,8 @@ def _gone(ranks: list[RankThread], needs: Mapping[int, list[int]]) -> list[str]:
 
 
 def _describe(rank: RankThread, wait: Waitable, ranks: list[RankThread]) -> list[str]:
-    lines = [f"  rank {rank.number}: waits in {wait}"]
+    asks = wait is rank.polls and not rank.waits
+    lines = [f"  rank {rank.number}: {'asks again and again for the end of' if asks else 'waits in'} {wait}"]
     missing = missing_ranks(wait, ranks)
     if isinstance(wait, Operation) and wait.is_p2p:
         lines.append(f"      missing: the {'recv' if wait.kind == 'send' else 'send'} of rank {wait.peer_rank}")

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from megalm.parallel.sim import checks
+from megalm.parallel.sim.creations import Creation, Creations
 from megalm.parallel.sim.errors import (
     ForeignThreadError,
     GroupOrderError,
@@ -22,6 +23,7 @@ from megalm.parallel.sim.operation import Group, Operation
 from megalm.parallel.sim.rendezvous import join_collective, post_p2p
 from megalm.parallel.sim.scheduler import Scheduler
 from megalm.parallel.sim.trace import Record, record
+from megalm.parallel.wording import ranks_text, user_frames
 
 P2P = Literal["rendezvous", "eager"]
 
@@ -42,21 +44,19 @@ class Fabric:
         self._eager = p2p == "eager"
         self.faults = Faults(faults, scheduler)
         self._owners = checks.StorageOwners()
+        self._creations = Creations(len(scheduler.ranks))
 
     def group(self, name: str, ranks: tuple[int, ...]) -> Group:
         """The group of that name, made by the first rank that asks."""
         group = self.groups.setdefault(name, Group(name, ranks, label=name))
-        rank = self.scheduler.me("create a process group").number
-        group.made_by.add(rank)
-        if group.ranks != ranks:
-            raise self.scheduler.fail(
-                GroupOrderError(
-                    f"rank {rank} creates process group {name!r} over ranks {list(ranks)}, but other ranks have "
-                    f"created it over {list(group.ranks)}: every rank must create all groups, also those that it is "
-                    "not in, in the same order"
-                )
-            )
+        group.made_by.add(self.scheduler.me("create a process group").number)
         return group
+
+    def note_creation(self, name: str, ranks: tuple[int, ...]) -> None:
+        """A rank creates a group, be it in it or not. GroupOrderError where another has created another instead."""
+        rank = self.scheduler.me("create a process group").number
+        with self._lasting_errors():
+            self._creations.add(Creation(rank, name, ranks, user_frames()))
 
     def issue(self, op: Operation) -> None:
         """Start an operation of the rank whose turn it is."""
@@ -73,13 +73,13 @@ class Fabric:
     def poll(self, op: Operation) -> bool:
         """Give way once. Whether the operation has met its peers; then its outputs are written."""
         self._check_thread(op)
-        self.scheduler.give_way()
-        if op.matched:
+        if self.scheduler.poll(op, lambda: any(self.scheduler.ranks[n].state == "ended" for n in op.missing_ranks)):
             self.wait(op)
         return op.matched
 
     def _start(self, op: Operation) -> None:
         self._check_thread(op)
+        self.scheduler.advance()
         self._issued[op.rank] += 1
         op.number = self._issued[op.rank]
         spoils = self.faults.before(op)
@@ -112,7 +112,7 @@ class Fabric:
     def check_nothing_left(self) -> None:
         """UnawaitedError that lists operations which were never waited for, or never met their peers.
 
-        GroupOrderError for a group that one of its ranks did not create.
+        GroupOrderError for a group that not every rank has created.
         """
         left = {op: "never waited for" for ops in self.pending.values() for op in ops}
         for group in self.groups.values():
@@ -122,11 +122,11 @@ class Fabric:
         if left:
             lines = [f"  rank {op.rank}: {op}, {what}\n{op.place_in_code('      ')}" for op, what in left.items()]
             raise UnawaitedError("the ranks have ended, but operations are left over:\n" + "\n".join(lines))
-        for group in self.groups.values():
+        self._creations.check_all_made()
+        for group in self.groups.values():  # those that their ranks create alone
             if missing := sorted(set(group.ranks) - group.made_by):
                 raise GroupOrderError(
-                    f"rank {missing[0]} never created process group {group}, as rank {min(group.made_by)} did: every "
-                    "rank must create all groups, also those that it is not in, in the same order"
+                    f"{ranks_text(missing)} never created process group {group}, as rank {min(group.made_by)} did"
                 )
 
     def _match(self, op: Operation) -> None:

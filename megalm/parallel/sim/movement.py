@@ -103,6 +103,9 @@ _COLLECTIVES: dict[str, Callable[[list[Operation]], Results]] = {
     "barrier": _barrier,
 }
 
+KINDS = (*_COLLECTIVES, "send", "recv")
+"""The names of all operations."""
+
 
 def collective_results(ops: list[Operation]) -> Results:
     """The results of each operation of one collective; ``ops`` in the order of places."""

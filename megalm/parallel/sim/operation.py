@@ -65,6 +65,8 @@ class Operation:
     """Which collective of its rank in its group, from 1."""
     sent: list[torch.Tensor] = field(default_factory=list)
     """Copies of the inputs."""
+    spoilt: bool = False
+    """A fault has changed the copies."""
     versions: list[int] = field(default_factory=list)
     """torch's version counters of the outputs, when the operation had been issued."""
     results: list[torch.Tensor] = field(default_factory=list)
@@ -91,6 +93,15 @@ class Operation:
     def peer_rank(self) -> int:
         """World rank of the peer of a send or receive."""
         return self.group.ranks[self.peer]
+
+    @property
+    def missing_ranks(self) -> list[int]:
+        """World ranks without which it does not end."""
+        if self.is_p2p:
+            return [self.peer_rank]
+        assert self.call is not None
+        here = self.group.open.get(self.call, {})
+        return [rank for place, rank in enumerate(self.group.ranks) if place not in here]
 
     def __str__(self) -> str:
         if self.is_p2p:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-from megalm.parallel.sim.errors import MismatchError
+from megalm.parallel.phase import phases
+from megalm.parallel.sim.errors import MismatchError, SimulationError
 from megalm.parallel.sim.fabric import Fabric
 from megalm.parallel.sim.operation import Group, Operation
-from megalm.parallel.wording import spell
+from megalm.parallel.wording import place_in_code, spell, user_frames
 
 Tensors = list[torch.Tensor]
 
@@ -118,26 +119,25 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         return self._start("broadcast", inputs, outputs, tensors, agreed=agreed, root=root)
 
     def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> SimulatedWork:  # type: ignore[override]
-        flat = [t for row in outputs for t in row]
+        flat = [t for row in outputs for t in self._one_each("all_gather", "outputs", row)]
         for row, tensor in zip(outputs, inputs, strict=True):
             if row[self._place].numel() != tensor.numel():
-                raise MismatchError(
-                    f"rank {self._world_rank} gathers {spell(tensor)} into {spell(row[self._place])}, its own place"
-                )
+                raise self._wrong(f"gathers {spell(tensor)} into {spell(row[self._place])}, its own place")
         return self._start("all_gather", inputs, flat, outputs, agreed=_tensors(flat))
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> SimulatedWork:
         return self.all_gather_single_coalesced([output], [input])
 
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimulatedWork:
-        rows = [row for output in outputs for row in self._rows(output)]
+        rows = [row for whole, share in zip(outputs, inputs, strict=True) for row in self._rows(whole, share)]
         return self._start("all_gather", inputs, rows, outputs, agreed=_tensors(inputs))
 
     _allgather_base = all_gather_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
 
     def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any = None) -> SimulatedWork:  # type: ignore[override]
-        flat, reduction = [t for row in inputs for t in row], _reduction(opts)
+        flat = [t for row in inputs for t in self._one_each("reduce_scatter", "inputs", row)]
+        reduction = _reduction(opts)
         agreed = {"reduction": reduction, **_tensors(flat)}
         return self._start("reduce_scatter", flat, outputs, outputs, agreed=agreed, reduction=reduction)
 
@@ -145,7 +145,8 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimulatedWork:
-        rows, reduction = [row for tensor in inputs for row in self._rows(tensor)], _reduction(opts)
+        rows = [row for whole, share in zip(inputs, outputs, strict=True) for row in self._rows(whole, share)]
+        reduction = _reduction(opts)
         agreed = {"reduction": reduction, **_tensors(inputs)}
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         return self._start("reduce_scatter", rows, outputs, outputs, agreed=agreed, reduction=reduction, shapes=shapes)
@@ -154,6 +155,8 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimulatedWork:
+        self._one_each("all_to_all", "inputs", inputs)
+        self._one_each("all_to_all", "outputs", outputs)
         return self._start("all_to_all", inputs, outputs, outputs, agreed={"dtype": str(inputs[0].dtype)})
 
     def all_to_all_single(
@@ -174,12 +177,12 @@ class SimulatedProcessGroup(dist.ProcessGroup):
 
     def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> SimulatedWork:  # type: ignore[override]
         agreed = {"root": self._group.ranks[opts.rootRank], **_tensors(inputs)}
-        here = outputs[0] if outputs else []
+        here = self._one_each("gather", "outputs", outputs[0]) if outputs else []
         return self._start("gather", inputs, here, outputs, agreed=agreed, root=opts.rootRank)
 
     def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any = None) -> SimulatedWork:  # type: ignore[override]
         agreed = {"root": self._group.ranks[opts.rootRank], **_tensors(outputs)}
-        here = inputs[0] if inputs else []
+        here = self._one_each("scatter", "inputs", inputs[0]) if inputs else []
         return self._start("scatter", here, outputs, outputs, agreed=agreed, root=opts.rootRank)
 
     def barrier(self, opts: Any = None) -> SimulatedWork:
@@ -191,16 +194,35 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     def recv(self, tensors: Tensors, srcRank: int, tag: int = 0) -> SimulatedWork:
         return self._start("recv", [], tensors, tensors, peer=srcRank, tag=tag)
 
-    def _rows(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor's equal shares by place, flat."""
-        if tensor.numel() % self.size():
-            raise MismatchError(f"{spell(tensor)} has no equal shares for the ranks of group {self._group}")
-        return list(tensor.view(self.size(), tensor.numel() // self.size()).unbind())
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> SimulatedWork:
+        """SimulationError: which message such a receive takes is a matter of time, and simulated ranks have none."""
+        raise self._wrong(
+            f"receives {spell(tensors[0])} from any source, which is not simulated: name the source (src=...)",
+            SimulationError,
+        )
+
+    def _wrong(self, what: str, kind: type[SimulationError] = MismatchError) -> SimulationError:
+        """The error of a call that this rank alone can tell to be wrong; it ends the run."""
+        place = place_in_code(phases(), user_frames(), "      ")
+        error = kind(f"rank {self._world_rank} {what}; group {self._group}\n{place}")
+        self._fabric.scheduler.fail(error)
+        return error
+
+    def _one_each(self, operation: str, what: str, tensors: Tensors) -> Tensors:
+        if len(tensors) != self.size():
+            raise self._wrong(f"gives {operation} {len(tensors)} {what}, not one for each of the {self.size()} ranks")
+        return tensors
+
+    def _rows(self, whole: torch.Tensor, share: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor's equal shares by place, flat; ``share``: what is one of them."""
+        if whole.numel() != share.numel() * self.size():
+            raise self._wrong(f"hands over {spell(whole)} and {spell(share)}, which is not one of {self.size()} shares")
+        return list(whole.view(self.size(), share.numel()).unbind())
 
     def _split(self, tensor: torch.Tensor, sizes: Sequence[int] | None) -> list[torch.Tensor]:
         rows = list(sizes) if sizes else [tensor.shape[0] // self.size()] * self.size()
         if sum(rows) != tensor.shape[0] or len(rows) != self.size():
-            raise MismatchError(f"rank {self._world_rank} splits {spell(tensor)} into {rows}, group {self._group}")
+            raise self._wrong(f"splits {spell(tensor)} into {rows}, not into {self.size()} parts of the whole")
         return list(tensor.split(rows))
 
 

@@ -53,6 +53,9 @@ class SimulatedWorld:
         faults: Iterable[Fault] = (),
         timeout: float = 120.0,
     ) -> None:
+        for axis, size in (("tp", tp), ("pp", pp), ("dp", dp)):
+            if type(size) is not int or size < 1:
+                raise SimulationError(f"{axis} is a number of ranks, of 1 or more, not {size!r}")
         self.size = tp * pp * dp
         self.trace: list[Record] = []
         """Every operation, in the order of issue; without those that made the mesh."""
@@ -61,6 +64,9 @@ class SimulatedWorld:
         self._device = torch.device(device)
         self._schedule, self._seed, self._p2p = schedule, seed, p2p
         self._faults, self._timeout = tuple(faults), timeout
+        for fault in self._faults:
+            if fault.rank >= self.size:
+                raise SimulationError(f"{fault} is for a rank that is not there: the ranks are 0 to {self.size - 1}")
         known = {"schedule": get_args(Schedule), "p2p": get_args(P2P)}
         for name, value in (("schedule", schedule), ("p2p", p2p)):
             if value not in known[name]:
@@ -113,7 +119,10 @@ class SimulatedWorld:
             finally:
                 torch_hooks.stop_rank()
 
-        with torch_hooks.installed(make_group):
+        def refuse() -> None:
+            scheduler.me("use the default process group")
+
+        with torch_hooks.installed(make_group, refuse, fabric.note_creation):
             try:
                 scheduler.run(rank, self._timeout)
             finally:

@@ -1,7 +1,9 @@
 """Turns: each rank is a thread, and exactly one of them runs at a time.
 
-A rank gives way only where it waits for a peer, so the interleaving is a function of the program and the schedule
-alone, and a run can be repeated. It also means that a deadlock needs no timeout: it is the moment when nobody can run.
+A rank gives way only where it waits for a peer or asks whether it has come, so the interleaving is a function of the
+program and the schedule alone, and a run can be repeated. It also means that a deadlock needs no timeout: it is the
+moment when nobody can run. (A rank that asks again and again may still mean to do something else in the end. It is
+given up once it has asked often and long while no other could run.)
 
 Knows nothing of torch or of communication. What a thread waits for says itself whether it is done.
 """
@@ -11,16 +13,20 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from megalm.parallel.sim.errors import Abandoned, ForeignThreadError, SimulationTimeout
+from megalm.parallel.wording import user_frames
 
 Schedule = Literal["round_robin", "random"]
 State = Literal["ready", "running", "waiting", "aside", "ended"]
 _here = threading.local()
+_PATIENCE, _ASKED = 2.0, 1000
+"""For how many seconds, and how often, ranks may ask in vain while no rank can do anything else."""
 
 
 class Waitable(Protocol):
@@ -38,6 +44,8 @@ class RankThread:
     number: int
     state: State = "ready"
     waits: tuple[Waitable, ...] = ()
+    polls: Waitable | None = None
+    """What it has asked about last, and may go on without."""
     dropped: str | None = None
     """Why it left without a word, where a fault made it do so."""
     saved: Any = None
@@ -49,6 +57,11 @@ class RankThread:
     def able(self) -> bool:
         """Whether it could run now."""
         return self.state == "ready" or (self.state == "waiting" and all(w.done for w in self.waits))
+
+    @property
+    def asks(self) -> bool:
+        """Whether it has given way only to ask, in vain so far."""
+        return self.state == "waiting" and self.polls is not None and not self.polls.done
 
 
 def current_rank() -> RankThread | None:
@@ -83,6 +96,8 @@ class Scheduler:
         self._draw = random.Random(seed) if schedule == "random" else None
         self._save, self._restore, self._stalled = save, restore, stalled
         self._ended = threading.Event()
+        self._turn = self.ranks[0]
+        self._asked, self._since = 0, 0.0
 
     def run(self, main: Callable[[int], None], timeout: float) -> None:
         """Run ``main(rank)`` on every rank and return when all have ended; raise the first failure of any.
@@ -97,7 +112,10 @@ class Scheduler:
         for rank in self.ranks:
             assert rank.thread is not None
             rank.thread.start()
-        self._choose(self.ranks[-1]).turn.release()  # type: ignore[union-attr]  # all are ready
+        first = self._choose(self.ranks[-1])
+        assert first is not None, "all are ready"
+        self._turn = first
+        first.turn.release()
         try:
             if not self._ended.wait(timeout):
                 raise SimulationTimeout(self._stuck(timeout))
@@ -114,17 +132,37 @@ class Scheduler:
     def wait(self, waits: Sequence[Waitable]) -> None:
         """Give way until all are done. A random schedule may give way even where they are already."""
         me = self.me("wait for communication")
+        self.advance()
         if self._draw is None and all(w.done for w in waits):
             return
         me.waits, me.state = tuple(waits), "waiting"
         self._give_way(me)
         me.waits = ()
 
-    def give_way(self) -> None:
-        """Let the next rank run, if one can; this one can go on."""
+    def poll(self, wait: Waitable, hopeless: Callable[[], bool]) -> bool:
+        """Let the next rank run, if one can; whether ``wait`` is done then. This rank can go on in any case.
+
+        Raises what ``stalled`` makes where no rank can do anything but ask, and either ``hopeless()`` says that this
+        one will ask in vain for ever, or all have done nothing else for a while.
+        """
         me = self.me("wait for communication")
-        me.waits, me.state = (), "waiting"
+        me.waits, me.state, me.polls = (), "waiting", wait
         self._give_way(me)
+        others = [rank for rank in self.ranks if rank is not me]
+        if wait.done or any(rank.state == "aside" or (rank.able and not rank.asks) for rank in others):
+            self.advance()
+            return wait.done
+        self._asked += 1
+        if self._asked == 1:
+            self._since = time.monotonic()
+        enough = self._asked > _ASKED * len(self.ranks) and time.monotonic() - self._since > _PATIENCE
+        if enough or hopeless():
+            raise self.fail(self._stalled())
+        return False
+
+    def advance(self) -> None:
+        """Note that a rank has done something else than ask."""
+        self._asked = 0
 
     def step_aside(self) -> None:
         """Give way until no other rank can run."""
@@ -140,7 +178,7 @@ class Scheduler:
                 ForeignThreadError(
                     f"thread {threading.current_thread().name!r} is no rank of this simulated world, and may not "
                     f"{doing}: only the thread that runs a rank's function may communicate (no worker threads, no "
-                    "autograd threads)"
+                    f"autograd threads)\n  at {' < '.join(user_frames())}"
                 )
             )
         if self.failure is not None:
@@ -169,6 +207,7 @@ class Scheduler:
                 error.add_note(f"raised by simulated rank {rank.number} of {len(self.ranks)}")
         finally:
             rank.state, rank.saved = "ended", None
+            self.advance()
             self._give_way(rank)
             _here.rank = None
 
@@ -183,6 +222,7 @@ class Scheduler:
             assert chosen is not None
         if chosen is not me:
             self.switches += 1
+            self._turn = chosen
             if me.state == "ended":
                 chosen.turn.release()
                 return
@@ -201,7 +241,8 @@ class Scheduler:
         if self.failure is not None:
             able = [rank for rank in order if rank.state != "ended"]
         else:
-            able = [rank for rank in order if rank.able] or [rank for rank in order if rank.state == "aside"]
+            idle = all(rank.asks for rank in order if rank.able)
+            able = [rank for rank in order if rank.able or (idle and rank.state == "aside")]
         if not able:
             return None
         return able[0] if self._draw is None else self._draw.choice(able)
@@ -211,7 +252,14 @@ class Scheduler:
         lines = [f"the simulated ranks did not end within {timeout:g} s of wall time"]
         for rank in self.ranks:
             ident = None if rank.thread is None else rank.thread.ident
-            if rank.state == "running" and ident in frames:
-                stack = "".join(traceback.format_stack(frames[ident])[-6:])
-                lines.append(f"rank {rank.number} has the turn and is here:\n{stack}")
+            if rank is self._turn and ident in frames:
+                lines.append(f"rank {rank.number} has the turn and is here: {' < '.join(user_frames(frames[ident]))}")
+                if rank.polls is not None and not rank.polls.done:
+                    lines.append(f"  it has asked last whether this is complete: {rank.polls}")
+                lines.append("".join(traceback.format_stack(frames[ident])[-6:]))
+            elif rank.state == "ended":
+                lines.append(f"rank {rank.number} has ended")
+            else:
+                waits = [*rank.waits, *([rank.polls] if rank.asks else [])]
+                lines.append(f"rank {rank.number} waits" + "".join(f"\n  in {wait}" for wait in waits))
         return "\n".join(lines)

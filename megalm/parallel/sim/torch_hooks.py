@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,7 @@ from megalm.parallel.sim.scheduler import RankThread, current_rank
 
 BACKEND = "sim"
 MakeGroup = Callable[[str, tuple[int, ...]], dist.ProcessGroup]
+NoteGroup = Callable[[str, tuple[int, ...]], None]
 _STATE: dict[str, Callable[[], Any]] = {
     "default_pg": lambda: None,
     "pg_map": dict,
@@ -81,6 +83,14 @@ def broken_hooks() -> list[str]:
         ]
     if not hasattr(torch._C._distributed_c10d, "_set_thread_isolation_mode"):
         problems.append("torch._C._distributed_c10d has no _set_thread_isolation_mode: group names would collide")
+    problems += [
+        f"distributed_c10d has no {name}: {why}"
+        for name, why in (
+            ("_get_default_group", "a foreign thread that communicates would not be found"),
+            ("_process_group_name", "ranks that create other groups would not be found"),
+        )
+        if not hasattr(c10d, name)
+    ]
     problems += [f"ProcessGroup has no {name}" for name in _METHODS if not hasattr(dist.ProcessGroup, name)]
     try:
         from torch.multiprocessing.reductions import StorageWeakRef
@@ -177,8 +187,40 @@ def _outlive_ranks() -> None:
 
 
 @contextmanager
-def installed(make_group: MakeGroup) -> Iterator[None]:
+def _watched(refuse: Callable[[], object], note_group: NoteGroup) -> Iterator[None]:
+    """Have torch tell, inside the block, which threads ask for the default group, and which groups ranks name.
+
+    Threads that were there before may use a default group of the caller's. (Asking whether there is one is free.)
+    """
+    known = weakref.WeakSet(threading.enumerate())
+    get_group, get_name = c10d._get_default_group, c10d._process_group_name
+
+    def get_default_group() -> Any:
+        if current_rank() is None and (not dist.is_initialized() or threading.current_thread() not in known):
+            refuse()
+        return get_group()
+
+    def process_group_name(ranks: Any, use_hashed_name: bool) -> Any:
+        name = get_name(ranks, use_hashed_name)
+        if ranks and not use_hashed_name and current_rank() is not None:
+            note_group(str(name), tuple(ranks))
+        return name
+
+    c10d._get_default_group = get_default_group
+    c10d._process_group_name = process_group_name
+    try:
+        yield
+    finally:
+        c10d._get_default_group, c10d._process_group_name = get_group, get_name
+
+
+@contextmanager
+def installed(make_group: MakeGroup, refuse: Callable[[], object], note_group: NoteGroup) -> Iterator[None]:
     """Simulate inside the block: a rank's new process groups come from ``make_group(name, world ranks)``.
+
+    ``refuse`` is called, to raise, where a thread that is no rank asks for the default group. ``note_group(name, world
+    ranks)`` is called in the thread of each rank that creates a group, whether it is in it or not; not for groups that
+    their members create alone.
 
     One world at a time can be simulated in a process. HooksError where this torch lacks something.
     """
@@ -194,7 +236,8 @@ def installed(make_group: MakeGroup) -> Iterator[None]:
             dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
         c10d._world = _WorldOfThisThread(outside, make_group)  # type: ignore[assignment]
         torch._C._distributed_c10d._set_thread_isolation_mode(True)  # type: ignore[attr-defined]
-        yield
+        with _watched(refuse, note_group):
+            yield
     finally:
         torch._C._distributed_c10d._set_thread_isolation_mode(False)  # type: ignore[attr-defined]
         c10d._world = outside

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megalm.parallel.sim.errors import SimulationError
 from megalm.parallel.sim.operation import Operation
 from megalm.parallel.volume import NOTHING, Volume, wire_share
 
@@ -65,8 +67,16 @@ def record(op: Operation) -> Record:
 def comm_volume(
     records: Iterable[Record], by: Iterable[str] = ("rank", "group", "operation")
 ) -> dict[tuple[Any, ...], Volume]:
-    """Calls, payload and wire bytes, summed over records that agree on the fields ``by`` of :class:`Record`."""
-    fields = tuple(by)
+    """Calls, payload and wire bytes, summed over records that agree on the fields ``by`` of :class:`Record`.
+
+    SimulationError for a field that records do not have.
+    """
+    fields, known = tuple(by), [field.name for field in dataclasses.fields(Record)]
+    if unknown := [name for name in fields if name not in known]:
+        raise SimulationError(
+            f"communication cannot be summed by {', '.join(map(repr, unknown))}: a record has the fields "
+            f"{', '.join(known)}" + ("; give a tuple of names" if isinstance(by, str) else "")
+        )
     sums: dict[tuple[Any, ...], Volume] = {}
     for item in records:
         key = tuple(getattr(item, name) for name in fields)

@@ -14,10 +14,13 @@ import torch.distributed as dist
 
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
-from megalm.parallel.sim import run_simulated
+from megalm.parallel.sim import run_simulated, scheduler
 from megalm.parallel.sim.errors import DeadlockError, GroupOrderError, MismatchError, SimulationError, SimulationTimeout
 from megalm.parallel.wording import find_cycle
 
+# The names before torch 2.13 are the second.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 Program = Callable[[ParallelContext], object]
 SCHEDULES = [("round_robin", 0), ("random", 1), ("random", 2)]
 
@@ -216,7 +219,13 @@ def test_groups_created_in_different_orders() -> None:
             dist.new_group(pair)
 
     message = failure(GroupOrderError, program, dp=4)
-    assert "over ranks [2, 3], but other ranks have created it over [0, 1]" in message
+    assert re.search(r"^ranks [01] and [23] create different process groups as number \d+: every rank must", message)
+    assert re.search(
+        r"^  rank [01]: a group over ranks \[0, 1\]\n      at test_diagnosis.py:\d+ program", message, re.M
+    )
+    assert re.search(
+        r"^  rank [23]: a group over ranks \[2, 3\]\n      at test_diagnosis.py:\d+ program", message, re.M
+    )
     run_simulated(lambda parallel: program(parallel, repaired=True), dp=4)
 
 
@@ -226,7 +235,8 @@ def test_a_group_that_one_of_its_ranks_does_not_create() -> None:
             dist.new_group([0, 1])
 
     message = failure(GroupOrderError, program, dp=3)
-    assert re.search(r"rank 1 never created process group \d+ \[0, 1\], as rank 0 did", message)
+    assert message.startswith("rank 1 never created a process group over ranks [0, 1], as ranks 0, 2 did: every rank")
+    assert "  rank 0: a group over ranks [0, 1]\n      at test_diagnosis.py:" in message
     run_simulated(lambda parallel: program(parallel, -1), dp=3)
 
     def used(parallel: ParallelContext, guilty: int = 1) -> None:
@@ -237,6 +247,21 @@ def test_a_group_that_one_of_its_ranks_does_not_create() -> None:
 
     assert "the group itself was never created by rank 1" in failure(DeadlockError, used, dp=3)
     run_simulated(lambda parallel: used(parallel, -1), dp=3)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_group_that_only_its_members_create(used: bool) -> None:
+    def program(parallel: ParallelContext, mode: str = "members") -> None:
+        if mode == "all" or parallel.rank < 2:
+            group = dist.new_group([0, 1], use_local_synchronization=mode == "local")
+            if used and parallel.rank < 2:
+                dist.all_reduce(torch.zeros(1), group=group)
+
+    message = failure(GroupOrderError, program, dp=4)
+    assert message.startswith("ranks 2, 3 never created a process group over ranks [0, 1], as ranks 0, 1 did")
+    assert "      at test_diagnosis.py:" in message
+    run_simulated(lambda parallel: program(parallel, "all"), dp=4)
+    run_simulated(lambda parallel: program(parallel, "local"), dp=4)
 
 
 def test_a_key_that_nobody_sets() -> None:
@@ -332,6 +357,140 @@ def test_asking_whether_an_operation_is_complete_gives_way() -> None:
     for schedule, seed in SCHEDULES:
         for x in run_simulated(program, dp=3, schedule=schedule, seed=seed):  # type: ignore[arg-type]
             assert torch.equal(x, torch.full((2,), 3.0))
+
+
+def ask(work: dist.Work | None) -> None:
+    assert work is not None
+    while not work.is_completed():
+        pass
+
+
+@pytest.mark.parametrize("call", ["all_reduce", "irecv"])
+def test_asking_for_what_a_rank_that_has_ended_would_have_to_join(call: str) -> None:
+    def program(parallel: ParallelContext, guilty: int = 1) -> None:
+        if parallel.rank != guilty:
+            if call == "all_reduce":
+                ask(dist.all_reduce(torch.zeros(2), async_op=True))
+            elif parallel.rank == 0:
+                ask(dist.irecv(torch.zeros(2), 1))
+            else:
+                dist.send(torch.zeros(2), 0)
+
+    started = time.monotonic()
+    message = failure(DeadlockError, program, dp=2)
+    assert time.monotonic() - started < 5
+    assert "culprit: rank 1 has ended, but rank 0 waits for it" in message
+    kind = "all_reduce(" if call == "all_reduce" else "recv from rank 1"
+    assert f"  rank 0: asks again and again for the end of {kind}" in message
+    assert "      at test_diagnosis.py:" in message
+    run_simulated(lambda parallel: program(parallel, -1), dp=2)
+
+
+@pytest.mark.parametrize("other", [lambda: dist.recv(torch.zeros(1), 0), lambda: ask(dist.irecv(torch.zeros(1), 0))])
+def test_ranks_that_ask_in_a_circle(other: Callable[[], object]) -> None:
+    def program(parallel: ParallelContext) -> None:
+        if parallel.rank:
+            other()
+        else:
+            ask(dist.irecv(torch.zeros(1), 1))
+
+    with pytest.raises(DeadlockError) as caught:
+        run_simulated(program, dp=2)
+    message = str(caught.value)
+    assert "cycle: rank 0 -> rank 1 -> rank 0" in message
+    assert "rank 0: asks again and again for the end of recv from rank 1" in message
+
+
+def test_asking_and_then_doing_what_the_others_wait_for() -> None:
+    """Asking in vain is no deadlock where the rank goes on by itself: after many times, or after some time."""
+
+    def program(parallel: ParallelContext) -> torch.Tensor:
+        x = torch.ones(2)
+        if parallel.rank == 0:
+            work = dist.irecv(x, 1)
+            assert work is not None
+            until = time.monotonic() + 0.3
+            asked = 0
+            while not work.is_completed() and (asked < 5000 or time.monotonic() < until):
+                asked += 1
+            dist.send(torch.zeros(1), 1)
+            work.wait()
+        else:
+            dist.recv(torch.zeros(1), 0)
+            dist.send(x + 4, 0)
+        return x
+
+    for schedule, seed in SCHEDULES:
+        found = run_simulated(program, dp=2, schedule=schedule, seed=seed)  # type: ignore[arg-type]
+        assert found[0].tolist() == [5.0, 5.0]
+
+
+def test_a_rank_that_asks_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "_PATIENCE", 60.0)
+
+    def program(parallel: ParallelContext) -> None:
+        if parallel.rank == 0:
+            ask(dist.irecv(torch.zeros(1), 1))
+        elif parallel.rank == 1:
+            dist.recv(torch.zeros(1), 0)
+
+    with pytest.raises(SimulationTimeout) as caught:
+        run_simulated(program, dp=3, timeout=1.0)
+    message = str(caught.value)
+    assert re.search(
+        r"rank 0 has the turn and is here: test_diagnosis.py:\d+ ask < test_diagnosis.py:\d+ program", message
+    )
+    assert "has asked last whether this is complete: recv from rank 1 of float32[1]" in message
+    assert "rank 1 waits\n  in recv from rank 0" in message
+    assert "rank 2 has ended" in message
+
+
+def test_calls_that_are_not_simulated() -> None:
+    def any_source(parallel: ParallelContext) -> None:
+        if parallel.rank == 0:
+            dist.recv(torch.zeros(1))
+        else:
+            dist.send(torch.zeros(1), 0)
+
+    message = failure(SimulationError, any_source, dp=2)
+    assert message.startswith("rank 0 receives float32[1] from any source, which is not simulated: name the source")
+    assert "test_diagnosis.py:" in message
+    with pytest.raises(ValueError, match="monitored_barrier is only implemented for GLOO"):
+        run_simulated(lambda parallel: dist.monitored_barrier(), dp=2)
+
+
+WRONG_SIZES: dict[str, Callable[[int], object]] = {
+    "all_gather 2 outputs": lambda n: dist.all_gather([torch.zeros(1)] * n, torch.zeros(1)),
+    "reduce_scatter 2 inputs": lambda n: dist.reduce_scatter(torch.zeros(1), [torch.zeros(1)] * n),
+    "all_to_all 2 inputs": lambda n: dist.all_to_all([torch.zeros(1) for _ in range(3)], [torch.zeros(1)] * n),
+    "hands over float32[2]": lambda n: all_gather_single(torch.zeros(n), torch.zeros(1)),
+    "hands over float32[4] and": lambda n: reduce_scatter_single(torch.zeros(1), torch.zeros(n if n > 2 else 4)),
+    "splits float32[2]": lambda n: dist.all_to_all_single(torch.zeros(n), torch.zeros(n)),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_SIZES)
+def test_lists_and_shares_of_the_wrong_size(what: str) -> None:
+    def program(parallel: ParallelContext, size: int = 2) -> None:
+        try:
+            WRONG_SIZES[what](size)
+        except SimulationError:
+            if size == 3:
+                raise
+
+    message = failure(MismatchError, program, dp=3)
+    assert message.startswith("rank ")
+    for word in what.split():
+        assert word in message.splitlines()[0]
+    assert "      at test_diagnosis.py:" in message
+    run_simulated(lambda parallel: program(parallel, 3), dp=3)
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp"])
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_layouts_that_are_none(axis: str, size: object) -> None:
+    with pytest.raises(SimulationError, match=f"^{axis} is a number of ranks, of 1 or more, not {size}$"):
+        run_simulated(lambda parallel: None, **{axis: size})  # type: ignore[arg-type]
 
 
 def test_cycles() -> None:

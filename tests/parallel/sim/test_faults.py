@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.sim import Fault, SimulatedWorld, run_simulated
-from megalm.parallel.sim.errors import DeadlockError, InjectedFault
+from megalm.parallel.sim.errors import DeadlockError, InjectedFault, SimulationError
 
 
 def program(parallel: ParallelContext) -> list[float]:
@@ -69,3 +69,43 @@ def test_drop_that_nobody_notices_is_an_error_all_the_same() -> None:
 def test_a_fault_that_never_comes() -> None:
     with pytest.raises(InjectedFault, match="rank 1 has only 6 such operations"):
         run_simulated(program, dp=2, faults=[Fault("raise", rank=1, at=7)])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"kind": "zap"}, "fault 'zap' is not known; there are raise, nan, delay, drop"),
+        ({"at": 0}, "a fault's at is a whole number from 1, not 0"),
+        ({"at": 1.5}, "a fault's at is a whole number from 1, not 1.5"),
+        ({"rank": -1}, "a fault's rank is a whole number from 0, not -1"),
+        ({"operation": "allreduce"}, "there is no such operation, but all_reduce, "),
+        ({"rank": 2}, "is for a rank that is not there: the ranks are 0 to 1"),
+    ],
+)
+def test_faults_that_could_never_happen(what: dict[str, object], message: str) -> None:
+    with pytest.raises(SimulationError, match=message):
+        run_simulated(program, dp=2, faults=[Fault(**{"kind": "nan", "rank": 1, **what})])  # type: ignore[arg-type]
+
+
+def test_nothing_to_spoil() -> None:
+    with pytest.raises(InjectedFault, match="this sends nothing: barrier"):
+        run_simulated(lambda parallel: dist.barrier(), dp=2, faults=[Fault("nan", rank=1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.int32])
+def test_spoilt_values_of_any_dtype(dtype: torch.dtype) -> None:
+    def gather(parallel: ParallelContext) -> torch.Tensor:
+        return parallel.world.all_gather(torch.ones(2, dtype=dtype))
+
+    found = run_simulated(gather, dp=2, faults=[Fault("nan", rank=0)])[1]
+    assert (found != 1).tolist() == [True, False, False, False]
+
+
+def test_a_delayed_rank_goes_on_while_others_ask() -> None:
+    def ask(parallel: ParallelContext) -> None:
+        work = dist.all_reduce(torch.zeros(1), async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            pass
+
+    run_simulated(ask, dp=3, timeout=20, faults=[Fault("delay", rank=0)])

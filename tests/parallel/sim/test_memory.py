@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 from collections.abc import Callable
 
@@ -375,6 +376,68 @@ def test_a_thread_that_is_no_rank() -> None:
     assert "thread 'loader' is no rank of this simulated world, and may not communicate" in message
     assert raised
     run_simulated(lambda parallel: program(parallel, own=True), tp=2)
+
+
+@pytest.mark.parametrize("starts_first", [False, True])
+def test_a_foreign_thread_and_the_default_group(starts_first: bool) -> None:
+    """torch finds no default group there; its own error would stay in the thread."""
+    caught: list[BaseException] = []
+    jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
+
+    def work() -> None:
+        while job := jobs.get():
+            try:
+                job()
+            except BaseException as error:
+                caught.append(error)
+            jobs.task_done()
+
+    def program(parallel: ParallelContext, call: Callable[[], object]) -> None:
+        if parallel.rank == 1:
+            if not starts_first:
+                threading.Thread(target=work, name="loader").start()
+            jobs.put(call)
+            jobs.join()
+
+    if starts_first:
+        threading.Thread(target=work, name="loader").start()
+    try:
+        with pytest.raises(ForeignThreadError, match=r"thread 'loader' is no rank .*may not use the default") as error:
+            run_simulated(lambda parallel: program(parallel, lambda: dist.all_reduce(torch.ones(2))), dp=2)
+        assert "test_memory.py:" in str(error.value)
+        assert caught == [error.value]
+        jobs.put(None)
+        jobs = queue.Queue()
+        if starts_first:
+            threading.Thread(target=work, name="loader").start()
+        run_simulated(lambda parallel: program(parallel, dist.is_initialized), dp=2)
+    finally:
+        jobs.put(None)
+
+
+def test_a_thread_of_the_caller_may_use_a_group_of_its_own() -> None:
+    go, gone, found = threading.Event(), threading.Event(), []
+
+    def own() -> None:
+        go.wait(30)
+        x = torch.ones(2)
+        dist.all_reduce(x)
+        found.append((dist.get_world_size(), x.tolist()))
+        gone.set()
+
+    def program(parallel: ParallelContext) -> None:
+        go.set()
+        assert gone.wait(30)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        thread = threading.Thread(target=own)
+        thread.start()
+        run_simulated(program, dp=2)
+        thread.join()
+    finally:
+        dist.destroy_process_group()
+    assert found == [(1, [1.0, 1.0])]
 
 
 def test_a_group_kept_in_a_global() -> None:

@@ -18,6 +18,7 @@ from megalm.optim.weights import Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.parallel.sim import SimulatedWorld, Volume
+from megalm.parallel.sim.errors import SimulationError
 from megalm.parallel.sim.trace import comm_volume
 from megalm.train.feed import TrainFeed
 from megalm.train.prepare import Prepared
@@ -224,3 +225,11 @@ def test_a_block_of_runs_has_one_trace() -> None:
     assert world.comm_volume(by=("rank",)) == {(0,): Volume(2, 24, 24.0), (1,): Volume(2, 24, 24.0)}
     world.run(say)
     assert len(world.trace) == 2
+
+
+@pytest.mark.parametrize("by", [("rnk",), ("rank", "rnk"), "rank"])
+def test_sums_by_a_field_that_records_do_not_have(by: tuple[str, ...]) -> None:
+    world = SimulatedWorld(tp=2)
+    world.run(lambda parallel: parallel.tp.all_reduce(torch.zeros(1)))
+    with pytest.raises(SimulationError, match=r"cannot be summed by .*a record has the fields rank, number"):
+        world.comm_volume(by=by)
