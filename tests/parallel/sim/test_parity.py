@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import SimulatedWorld, run_simulated
+from megalm.pipeline.plan import make_pipeline
 from megalm.testing.parity import assert_parity, loss_and_gradients
 from megalm.train.prepare import Prepared
 
@@ -94,17 +94,21 @@ def test_every_schedule_gives_the_same_bits(prepared: Prepared) -> None:
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_sixty_four_ranks(prepared_run: PreparedRun, full: bool) -> None:
-    """Forward and backward of four layers take seconds."""
+@pytest.mark.parametrize("grid", [(8, 1, 8), (4, 4, 4)], ids=["tp8 dp8", "tp4 pp4 dp4"])
+def test_sixty_four_ranks(prepared_run: PreparedRun, grid: tuple[int, int, int], full: bool) -> None:
     if not full:
         pytest.skip("takes long; runs with the full counts")
+    tp, pp, dp = grid
     prepared = prepared_run("llama", "model.hidden_size=32", "model.heads=8", "model.kv_heads=4", "model.layers=4")
     serial = loss_and_gradients(prepared, single_rank())
-    started = time.process_time()
-    found = ranks(prepared, Layout(tp=8, dp=8, sp=True))
-    assert time.process_time() - started < 20
-    for rank in (0, 63):
-        assert_parity(found[rank], serial, rtol=RTOL)
+    pipeline = make_pipeline(prepared.spec, prepared.manager, schedule="1f1b", ranks=pp, microbatches=8 // dp)
+
+    def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
+        return loss_and_gradients(prepared, parallel, micro_batch=1, pipeline=pipeline)
+
+    found = run_simulated(rank, tp=tp, pp=pp, dp=dp, sp=True)
+    for number in (0, 63):
+        assert_parity(found[number], serial, rtol=RTOL)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(dp=2)], ids=str)
