@@ -7,7 +7,6 @@ What callbacks tell each other is not counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -51,10 +50,6 @@ class Planner:
         declared = layouts(model)
         self._layouts: dict[str, Layout] = {name: declared[name] for name, _ in model.named_parameters()}
         self._ways = ways(model.backbone)
-
-    def parameters(self) -> list[int]:
-        """Elements that the rank at each place of the tensor-parallel axis holds."""
-        return [sum(math.prod(s) for s in local_shapes(self._layouts, t)) for t in range(self.grid.tp)]
 
     def step(self, objective: Scorer, microbatches: Microbatches) -> list[RankClass]:
         """What each rank communicates in one optimizer step, ``microbatches`` being those of the step.

@@ -402,11 +402,3 @@ def test_an_evaluation(case: Case, prepared_run: PreparedRun) -> None:
     world = SimulatedWorld(tp=grid.tp, dp=grid.dp, sp=grid.sp)
     world.run(run)
     assert_same(by_rank(found), said(world), case)
-
-
-def test_parameters_of_each_place(prepared_run: PreparedRun) -> None:
-    case = Case("llama", Grid(4, 1), ("model.kv_heads=2", "model.vocab_size=301"))
-    prepared = case.prepare(prepared_run)
-    world = SimulatedWorld(tp=4)
-    held = world.run(lambda parallel: sum(p.numel() for p in LanguageModel(prepared.spec, parallel).parameters()))
-    assert Planner(prepared.spec, case.grid, "float32").parameters() == held
