@@ -80,6 +80,7 @@ OBJECTIVES = {
     "causal_lm tied": ("causal_lm", []),
     "causal_lm untied": ("causal_lm", ["model.tie_embeddings=false", 'train.recompute="full"']),
     "mlm+nsp": ("mlm+nsp", []),
+    "mlm": ("mlm", []),
     "nsp": ("nsp", []),
 }
 
