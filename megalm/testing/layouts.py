@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 ROWS = 12
 """A step has at least this many rows: it divides by 1, 2, 3, 4, 6 and 12."""
-MICROBATCHES = 4
+MICROBATCHES = 3
 """A layout that is drawn cuts each rank's rows in at most so many."""
 
 

@@ -72,7 +72,8 @@ def gradients_of(
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
     out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})
-    out.update(whole_gradients(weights, logical_shapes(prepared.spec)))
+    shapes = logical_shapes(prepared.spec) if parallel.pp.size > 1 else None
+    out.update(whole_gradients(weights, shapes))
     return out
 
 
