@@ -48,7 +48,7 @@ class Pipeline:
         return [self.stages[number] for number in self.order.stages_of(rank)]
 
     def forward_only(self, microbatches: int) -> LoweredOrder:
-        """Forwards of any number of microbatches: each rank's stages of one microbatch after the other."""
+        """Forwards of any number of microbatches: each rank takes what became ready first."""
         if microbatches not in self._forward:
             self._forward[microbatches] = lower(forward_order(self.order.placement, microbatches))
         return self._forward[microbatches]

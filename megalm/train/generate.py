@@ -54,11 +54,9 @@ def next_logits(model: LanguageModel, batch: Microbatch, position: int, pipeline
         found.append(model.logits(rows, hidden, position).contiguous())
 
     forward_only(model, [batch], keep, pipeline)
-    if pipeline is None:
-        return found[0]
     shape, dtype = (batch.rows, model.spec.vocab_size), next(model.parameters()).dtype
     logits = found[0] if found else torch.empty(shape, dtype=dtype, device=parallel.device)
-    return parallel.pp.broadcast(logits, pipeline.last_rank)
+    return parallel.pp.broadcast(logits, 0 if pipeline is None else pipeline.last_rank)
 
 
 def _draw(logits: np.ndarray, temperature: float, top_k: int, noise: np.ndarray) -> int:

@@ -16,6 +16,8 @@ from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch
 from megalm.ops.linear import WeightGradients
 from megalm.parallel.phase import phase
+from megalm.pipeline.forward import forward_order
+from megalm.pipeline.lower import lower
 from megalm.pipeline.plan import Pipeline
 from megalm.pipeline.run import run_order
 
@@ -131,11 +133,9 @@ def forward_only(
 ) -> None:
     """Take batches through the pipeline; ``then`` is called with each one's number, hidden vectors and itself, on the
     rank that has the last stage.
+
+    ``pipeline``: the one that the model's stages were cut for; default: one stage.
     """
-    parallel = model.parallel
-    if pipeline is None:
-        for number, batch in enumerate(batches):
-            with phase(f"batch {number}"):
-                then(number, model(batch), batch)
-        return
-    run_order(pipeline.forward_only(len(batches)), ForwardStages(model, batches, then), parallel.pp, parallel.device)
+    n, parallel = len(batches), model.parallel
+    order = lower(forward_order((0,), n)) if pipeline is None else pipeline.forward_only(n)
+    run_order(order, ForwardStages(model, batches, then), parallel.pp, parallel.device)

@@ -12,7 +12,7 @@ import torch
 from megalm import __version__
 from megalm.checkpoint.load import load_state
 from megalm.checkpoint.save import save_checkpoint
-from megalm.checkpoint.state import TrainingState, allocate_optimizer_state, set_scalars, training_state
+from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
 from megalm.errors import MegalmError
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
@@ -252,19 +252,17 @@ class Trainer:
             save_checkpoint(
                 self.prepared.run_dir / CHECKPOINTS,
                 step,
-                self._state(),
+                training_state(self.weights, self.optimizer),
                 state,
                 self.parallel,
                 self.config.checkpoint.keep,
             )
 
-    def _state(self) -> TrainingState:
-        return training_state(self.weights, self.optimizer, logical_shapes(self.prepared.spec))
-
     def _load(self, start: Start) -> int:
         with phase("resume"):
             allocate_optimizer_state(self.weights, self.optimizer)
-            load_state(start.folder, start.manifest, self._state())
+            whole = logical_shapes(self.prepared.spec)
+            load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer, whole))
             set_scalars(self.weights, self.optimizer, start.manifest.scalars)
             self.weights.publish()
         return start.manifest.step
