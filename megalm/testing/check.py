@@ -6,11 +6,12 @@ third party's test file can never disagree about what was proved.
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from megalm.errors import MegalmError
 
@@ -84,6 +85,13 @@ def run_checks(checks: Iterable[Check[S]], subject: S) -> Iterator[Result]:
         yield Result(check.name, check.proves, status, detail, time.perf_counter() - began)
 
 
+class Asked(TypedDict):
+    """What the environment asks of every suite."""
+
+    full: bool
+    seed: int
+
+
 class Suite:
     """Base of pytest classes that hold a plugin to checks: a subclass gets one ``test_`` method for each."""
 
@@ -99,6 +107,11 @@ class Suite:
     def subject(cls) -> Any:
         """What is examined; made once for a class."""
         raise NotImplementedError
+
+    @staticmethod
+    def asked() -> Asked:
+        """``MEGALM_PROOF=full`` asks for the long form, ``MEGALM_SEED=7`` for other draws."""
+        return Asked(full=os.environ.get("MEGALM_PROOF") == "full", seed=int(os.environ.get("MEGALM_SEED") or 0))
 
     @classmethod
     def teardown_class(cls) -> None:

@@ -36,11 +36,13 @@ class RankLayout:
         """Rows that one microbatch of every data-parallel rank holds together."""
         return self.micro_batch * self.dp
 
+    @property
+    def axes(self) -> str:
+        """How ranks are arranged, in words."""
+        return f"tp{self.tp}{'+sp' if self.sp else ''} dp{self.dp}"
+
     def __str__(self) -> str:
-        return (
-            f"tp{self.tp}{'+sp' if self.sp else ''} dp{self.dp}, "
-            f"{self.global_batch} rows in microbatches of {self.micro_batch}"
-        )
+        return f"{self.axes}, {self.global_batch} rows in microbatches of {self.micro_batch}"
 
 
 def quick_layouts(seed: int, sequence_length: int) -> list[RankLayout]:

@@ -51,6 +51,21 @@ def loss_and_gradients(
     return gradients_of(prepared, parallel, feed.step(step), step=step, pipeline=pipeline)
 
 
+def make_model(
+    prepared: Prepared,
+    parallel: ParallelContext,
+    pipeline: Pipeline | None = None,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+) -> LanguageModel:
+    """The run's model with initial values, or this rank's stages of it."""
+    stages = None if pipeline is None else pipeline.stages_of(parallel.pp.index)
+    model = LanguageModel(prepared.spec, parallel, stages)
+    materialise(model, parallel, seed, dtype)
+    return model
+
+
 def gradients_of(
     prepared: Prepared,
     parallel: ParallelContext,
@@ -62,9 +77,8 @@ def gradients_of(
     """The same for microbatches of the caller's, this data-parallel rank's share of a step."""
     config = prepared.resolved.config
     dtype = DTYPES[config.train.precision]
-    stages = None if pipeline is None else pipeline.stages_of(parallel.pp.index)
-    model = LanguageModel(prepared.spec, parallel, stages)
-    materialise(model, parallel, config.run.seed, torch.float64 if dtype == torch.float64 else torch.float32)
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    model = make_model(prepared, parallel, pipeline, seed=config.run.seed, dtype=full)
     weights = Weights(model, parallel, dtype)
     losses = forward_backward(
         model, prepared.objective, microbatches, seed=config.run.seed, step=step, pipeline=pipeline

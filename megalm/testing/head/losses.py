@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from megalm.nn.microbatch import make_microbatch
-from megalm.parallel import rng
-from megalm.parallel.mesh import single_rank
 from megalm.plugin.contract.objective import Term
 from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.head.module import serial_model
 from megalm.testing.head.predictions import difference, predictions_of
 from megalm.testing.head.subject import HeadSubject
-from megalm.testing.objective.purity import generators_kept
+from megalm.testing.objective.batches import other_padding, serial_gradients
+from megalm.testing.objective.purity import same_bits, twice
 from megalm.testing.objective.subject import NO_DROPOUT
-from megalm.testing.parity import LOSS, NORM, differences, gradients_of
+from megalm.testing.parity import LOSS, NORM, differences
 from megalm.train.feed import Rows
 from megalm.train.head import predict
-from megalm.train.prepare import Prepared
 
 RTOL = 1e-10
 ROWS = 8
@@ -80,15 +76,15 @@ def unlabelled_rows_are_nothing(subject: HeadSubject) -> str:
     bare = subject.encoded(subject.bare[ROWS : 2 * ROWS], ROWS)
     if any(counts := subject.objective.counts(bare.batch).values()):
         raise CheckFailed(f"head {subject.name}: counts() of records without labels is {list(counts)}; expected 0")
-    alone = _compute(subject, prepared, [bare])
+    alone = serial_gradients(subject, prepared, [bare])
     if bad := next((name for name, tensor in alone.items() if not tensor.eq(0).all()), None):
         raise CheckFailed(
             f"head {subject.name}: a step without labels gives {bad} a value other than zero "
             f"({alone[bad].abs().max():.3g}): a division by the number of items, or a term of something else?"
         )
-    expected = _compute(subject, prepared, [whole])
+    expected = serial_gradients(subject, prepared, [whole])
     for place, order in (("before", [bare, whole]), ("after", [whole, bare])):
-        found = _compute(subject, prepared, order)
+        found = serial_gradients(subject, prepared, order)
         _compare(subject, f"a microbatch without labels {place} the others changes", found, expected)
     return f"{ROWS} records without labels, alone and with others"
 
@@ -107,8 +103,8 @@ def padding_is_nothing(subject: HeadSubject) -> str:
     longer = Rows(subject.head.collate(examples, length), plain.slots)
     if (width := longer.batch["tokens"].shape[1]) != length:
         raise CheckFailed(f"head {subject.name}: collate() was asked for {length} positions and gave {width}")
-    other = Rows(_other_padding(subject, longer.batch), plain.slots)
-    expected, model = _compute(subject, prepared, [plain]), serial_model(subject, prepared)
+    other = Rows(other_padding(subject, longer.batch), plain.slots)
+    expected, model = serial_gradients(subject, prepared, [plain]), serial_model(subject, prepared)
     predicted = predictions_of(subject, model, plain)
     for what, rows in (
         (f"{EXTRA} more columns of padding change", longer),
@@ -116,43 +112,26 @@ def padding_is_nothing(subject: HeadSubject) -> str:
     ):
         if (before := subject.objective.counts(plain.batch)) != (after := subject.objective.counts(rows.batch)):
             raise CheckFailed(f"head {subject.name}: {what} the counts from {before} to {after}")
-        _compare(subject, what, _compute(subject, prepared, [rows]), expected)
+        _compare(subject, what, serial_gradients(subject, prepared, [rows]), expected)
         if text := difference(predictions_of(subject, model, rows), predicted):
             raise CheckFailed(f"head {subject.name}: {what} predictions: {text}")
     return f"{EXTRA} more columns, and other tokens in them"
 
 
-def _other_padding(subject: HeadSubject, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    draw = rng.generator("padding", subject.seed)
-    tokens = draw.integers(subject.prepared().tokenizer.vocab_size, size=batch["tokens"].shape)
-    return {**batch, "tokens": np.where(batch["attention_mask"], batch["tokens"], tokens)}
-
-
 def streams_are_not_read(subject: HeadSubject) -> str:
     """Loss, gradients and predictions are the same bits wherever the global random generators stand, and repeatedly."""
     prepared, rows = subject.prepared(), subject.rows(subject.examples(ROWS))
-    seen: list[tuple[dict[str, torch.Tensor], list[Any]]] = []
-    with generators_kept():
-        for seed in (1, 2):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            gradients = _compute(subject, prepared, [rows])
-            found = predict(serial_model(subject), subject.name, subject.head, subject.records[:ROWS], micro_batch=ROWS)
-            seen.append((gradients, found))
-    (a, predicted), (b, again) = seen
-    if changed := next((name for name in a if not torch.equal(a[name], b[name])), None):
-        raise CheckFailed(
-            f"head {subject.name}: {changed} of one step differs from one time to the next. Dropout is ctx.dropout, "
-            "whose mask has an address; draw from no generator of torch's or numpy's, and keep no state between steps"
-        )
+
+    def step() -> tuple[dict[str, torch.Tensor], list[Any]]:
+        gradients = serial_gradients(subject, prepared, [rows])
+        model = serial_model(subject)
+        return gradients, predict(model, subject.name, subject.head, subject.records[:ROWS], micro_batch=ROWS)
+
+    (first, predicted), (second, again) = twice(step)
+    same_bits(f"head {subject.name}", first, second)
     if predicted != again:
         raise CheckFailed(f"head {subject.name}: predictions differ from one time to the next")
     return "a step and predictions, twice"
-
-
-def _compute(subject: HeadSubject, prepared: Prepared, microbatches: list[Rows]) -> dict[str, torch.Tensor]:
-    return gradients_of(prepared, single_rank(subject.device), microbatches)
 
 
 def _compare(

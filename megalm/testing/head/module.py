@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-
 from megalm.errors import MegalmError
 from megalm.model.language_model import LanguageModel
-from megalm.nn.module import materialise
 from megalm.parallel.mesh import single_rank
 from megalm.testing.check import CheckFailed
 from megalm.testing.head.subject import HeadSubject
+from megalm.testing.objective import terms
 from megalm.testing.parity import gradients_of
 from megalm.train.prepare import Prepared
 
 
 def serial_model(subject: HeadSubject, prepared: Prepared | None = None) -> LanguageModel:
     """The whole model on one rank, in float64. CheckFailed where it cannot be built."""
-    parallel = single_rank(subject.device)
     try:
-        model = LanguageModel((prepared or subject.prepared()).spec, parallel)
+        return terms.serial_model(subject, prepared)
     except MegalmError as error:
         raise CheckFailed(f"head {subject.name}: {error}") from error
-    materialise(model, parallel, subject.seed, torch.float64)
-    return model
 
 
 def module_is_declared(subject: HeadSubject) -> str:

@@ -15,7 +15,6 @@ from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.state import training_state
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import make_microbatch
-from megalm.nn.module import materialise
 from megalm.optim.weights import Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.sim import run_simulated
@@ -24,6 +23,7 @@ from megalm.testing.check import CheckFailed
 from megalm.testing.head.module import serial_model
 from megalm.testing.head.subject import HeadSubject
 from megalm.testing.layouts import RankLayout
+from megalm.testing.parity import make_model
 from megalm.train.feed import Rows
 from megalm.train.head import HeadObjective, predict
 from megalm.train.step import forward_backward
@@ -84,14 +84,13 @@ def predictions_agree(subject: HeadSubject) -> str:
     prepared = subject.prepared()
 
     def rank(parallel: ParallelContext) -> list[Any]:
-        model = LanguageModel(prepared.spec, parallel)
-        materialise(model, parallel, subject.seed, torch.float64)
+        model = make_model(prepared, parallel, seed=subject.seed)
         return predict(model, subject.name, subject.head, records, micro_batch=3)
 
     for layout in layouts:
         told = run_simulated(rank, tp=layout.tp, dp=layout.dp, sp=layout.sp, device=subject.device)
         for number, found in enumerate(told):
-            _compare(subject, f"under {_name(layout)}, rank {number}", found, expected)
+            _compare(subject, f"under {layout.axes}, rank {number}", found, expected)
     return f"{len(records)} records; batches, orders, labels and {len(layouts)} layouts"
 
 
@@ -101,8 +100,7 @@ def weights_travel(subject: HeadSubject) -> str:
     folder = Path(subject.folder) / "weights"
 
     def save(parallel: ParallelContext) -> list[Any]:
-        model = LanguageModel(prepared.spec, parallel)
-        materialise(model, parallel, subject.seed, torch.float64)
+        model = make_model(prepared, parallel, seed=subject.seed)
         rows = subject.rows(subject.examples(6))
         forward_backward(model, prepared.objective, [rows], seed=subject.seed, step=0)
         with torch.no_grad():
@@ -116,8 +114,7 @@ def weights_travel(subject: HeadSubject) -> str:
     expected, *_ = run_simulated(save, tp=2, dp=2, device=subject.device)
 
     def load(parallel: ParallelContext) -> list[Any]:
-        model = LanguageModel(prepared.spec, parallel)
-        materialise(model, parallel, subject.seed + 1, torch.float64)
+        model = make_model(prepared, parallel, seed=subject.seed + 1)
         (saved,) = complete_checkpoints(folder)
         load_state(saved, open_whole(saved), training_state(Weights(model, parallel, torch.float64), None))
         return predict(model, subject.name, subject.head, records, micro_batch=3)
@@ -125,12 +122,8 @@ def weights_travel(subject: HeadSubject) -> str:
     for layout in (RankLayout(), RankLayout(tp=3), RankLayout(tp=2, sp=True)):
         if _fits(subject, layout):
             found, *_ = run_simulated(load, tp=layout.tp, dp=layout.dp, sp=layout.sp, device=subject.device)
-            _compare(subject, f"of weights saved under tp2 dp2 and loaded under {_name(layout)}", found, expected)
+            _compare(subject, f"of weights saved under tp2 dp2 and loaded under {layout.axes}", found, expected)
     return "saved under tp2 dp2, loaded under tp1, tp3 and tp2+sp"
-
-
-def _name(layout: RankLayout) -> str:
-    return f"tp{layout.tp}{'+sp' if layout.sp else ''} dp{layout.dp}"
 
 
 def _fits(subject: HeadSubject, layout: RankLayout) -> bool:

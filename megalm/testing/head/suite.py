@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -47,8 +46,7 @@ class HeadSuite(Suite):
         return HeadSubject(
             cls.head,
             settings=cls.settings,
-            full=os.environ.get("MEGALM_PROOF") == "full",
-            seed=int(os.environ.get("MEGALM_SEED") or 0),
+            **cls.asked(),
             records=cls.records,
             labels=cls.labels,
             attention=cls.attention,

@@ -30,12 +30,12 @@ def microbatches_add_up(subject: ObjectiveSubject) -> str:
     prepared = subject.prepared()
     examples = subject.examples(ROWS)
     whole = subject.rows(examples)
-    expected = _compute(subject, prepared, [whole])
+    expected = serial_gradients(subject, prepared, [whole])
     covered = []
     if not subject.coupled:
         for size in (1, 2, 3, 5) if subject.full else (1, 3):
             cut = [subject.rows(examples[first : first + size], first) for first in range(0, ROWS, size)]
-            _compare(subject, f"microbatches of {size} rows", _compute(subject, prepared, cut), expected)
+            _compare(subject, f"microbatches of {size} rows", serial_gradients(subject, prepared, cut), expected)
             covered.append(f"{size}")
     starved = without_labels(subject, whole)
     if starved is None and subject.coupled:
@@ -44,9 +44,9 @@ def microbatches_add_up(subject: ObjectiveSubject) -> str:
         return f"microbatches of {', '.join(covered)}; every term scores something in every row"
     if not any(subject.objective.counts(starved.batch).values()):
         for name, order in (("before", [starved, whole]), ("after", [whole, starved])):
-            found = _compute(subject, prepared, order)
+            found = serial_gradients(subject, prepared, order)
             _compare(subject, f"a microbatch with nothing to score {name} the others", found, expected)
-        alone = _compute(subject, prepared, [starved])
+        alone = serial_gradients(subject, prepared, [starved])
         if bad := next((name for name, tensor in alone.items() if tensor.any()), None):
             raise CheckFailed(
                 f"objective {subject.name}: a step with nothing to score gives {bad} a value other than zero "
@@ -55,8 +55,10 @@ def microbatches_add_up(subject: ObjectiveSubject) -> str:
     elif not subject.coupled:
         batch = {name: np.concatenate((starved.batch[name], whole.batch[name])) for name in whole.batch}
         both = Rows(batch, starved.slots + whole.slots)
-        found = _compute(subject, prepared, [starved, whole])
-        _compare(subject, "a microbatch in which a term scores nothing", found, _compute(subject, prepared, [both]))
+        found = serial_gradients(subject, prepared, [starved, whole])
+        _compare(
+            subject, "a microbatch in which a term scores nothing", found, serial_gradients(subject, prepared, [both])
+        )
     return f"microbatches of {', '.join([*covered, 'one in which terms score nothing'])}"
 
 
@@ -83,17 +85,17 @@ def padding_is_nothing(subject: ObjectiveSubject) -> str:
     overrides = [*NO_DROPOUT, f"model.max_positions={subject.sequence_length + EXTRA}"]
     prepared = subject.prepared(*overrides)
     plain = subject.rows(subject.examples(ROWS))
-    expected = _compute(subject, prepared, [plain])
+    expected = serial_gradients(subject, prepared, [plain])
     longer = Rows(pad(subject, plain.batch), plain.slots)
     if (before := subject.objective.counts(plain.batch)) != (after := subject.objective.counts(longer.batch)):
         raise CheckFailed(
             f"objective {subject.name}: counts() says {before}, and {after} with {EXTRA} more columns of padding"
         )
-    _compare(subject, f"{EXTRA} more columns of padding", _compute(subject, prepared, [longer]), expected)
+    _compare(subject, f"{EXTRA} more columns of padding", serial_gradients(subject, prepared, [longer]), expected)
     if not masked:
         return f"{EXTRA} more columns"
-    other = Rows(_other_padding(subject, longer.batch), plain.slots)
-    _compare(subject, "other tokens in the padding", _compute(subject, prepared, [other]), expected)
+    other = Rows(other_padding(subject, longer.batch), plain.slots)
+    _compare(subject, "other tokens in the padding", serial_gradients(subject, prepared, [other]), expected)
     return f"{EXTRA} more columns, and other tokens in them"
 
 
@@ -114,13 +116,17 @@ def _filling(subject: ObjectiveSubject, name: str, spec: TensorSpec) -> Any:
     return IGNORE
 
 
-def _other_padding(subject: ObjectiveSubject, batch: Mapping[str, np.ndarray]) -> Batch:
+def other_padding(subject: ObjectiveSubject, batch: Mapping[str, np.ndarray]) -> Batch:
+    """The same with random tokens where nothing stands."""
     draw = rng.generator("padding", subject.seed)
     random = draw.integers(subject.prepared().tokenizer.vocab_size, size=batch["tokens"].shape)
     return {**batch, "tokens": np.where(batch["attention_mask"], batch["tokens"], random)}
 
 
-def _compute(subject: ObjectiveSubject, prepared: Prepared, microbatches: list[Rows]) -> dict[str, torch.Tensor]:
+def serial_gradients(
+    subject: ObjectiveSubject, prepared: Prepared, microbatches: list[Rows]
+) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a step on one rank."""
     return gradients_of(prepared, single_rank(subject.device), microbatches)
 
 

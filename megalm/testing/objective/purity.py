@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import make_microbatch
-from megalm.nn.module import materialise
 from megalm.parallel.mesh import single_rank
 from megalm.testing.check import CheckFailed
 from megalm.testing.objective.subject import ObjectiveSubject
+from megalm.testing.objective.terms import serial_model
 from megalm.testing.parity import gradients_of
 from megalm.train.feed import Rows
+
+T = TypeVar("T")
 
 
 def steps_repeat(subject: ObjectiveSubject) -> str:
@@ -26,22 +28,39 @@ def steps_repeat(subject: ObjectiveSubject) -> str:
     subject.objective.counts(rows.batch)
     _unchanged(subject, "counts()", before, rows)
     _check_types(subject, rows)
-    seen = []
+
+    def step() -> dict[str, torch.Tensor]:
+        found = gradients_of(prepared, single_rank(subject.device), [rows])
+        _unchanged(subject, "loss()", before, rows)
+        return found
+
+    same_bits(f"objective {subject.name}", *twice(step))
+    return "a step, twice"
+
+
+def twice(compute: Callable[[], T]) -> tuple[T, T]:
+    """What ``compute`` gives with the global generators at one place, and then at another."""
     with generators_kept():
-        for seed in (1, 2):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            seen.append(gradients_of(prepared, single_rank(subject.device), [rows]))
-            _unchanged(subject, "loss()", before, rows)
-    first, second = seen
+        move_generators(1)
+        first = compute()
+        move_generators(2)
+        return first, compute()
+
+
+def same_bits(who: str, first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
+    """CheckFailed where two computations of one step differ."""
     if changed := next((name for name in first if not torch.equal(first[name], second[name])), None):
         raise CheckFailed(
-            f"objective {subject.name}: {changed} of one and the same step differs from one time to the next. Dropout "
-            "is ctx.dropout, whose mask has an address; draw from no generator of torch's or numpy's in loss(), and "
-            "keep no state between steps"
+            f"{who}: {changed} of one step differs from one time to the next. Dropout is ctx.dropout, whose mask has "
+            "an address; draw from no generator of torch's or numpy's, and keep no state between steps"
         )
-    return "a step, twice"
+
+
+def move_generators(seed: int) -> None:
+    """Put the global generators somewhere else."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _unchanged(subject: ObjectiveSubject, what: str, before: dict[str, np.ndarray], rows: Rows) -> None:
@@ -54,11 +73,9 @@ def _unchanged(subject: ObjectiveSubject, what: str, before: dict[str, np.ndarra
 
 
 def _check_types(subject: ObjectiveSubject, rows: Rows) -> None:
-    parallel = single_rank(subject.device)
-    model = LanguageModel(subject.prepared().spec, parallel)
-    materialise(model, parallel, subject.seed, torch.float64)
-    tensors = rows.tensors(parallel.device)
-    batch = make_microbatch(tensors, parallel)
+    model = serial_model(subject)
+    tensors = rows.tensors(model.parallel.device)
+    batch = make_microbatch(tensors, model.parallel)
     for name, term in subject.objective.loss(model(batch), tensors, model.context(batch)).items():
         if term.sum.dtype != torch.float64:
             raise CheckFailed(

@@ -7,12 +7,9 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 
-import numpy as np
-import torch
-
 from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.objective.fresh_rows import Digests, built_elsewhere, digests
-from megalm.testing.objective.purity import generators_kept
+from megalm.testing.objective.purity import generators_kept, move_generators
 from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.train.objective import TrainingObjective
 
@@ -28,7 +25,7 @@ def rows_have_addresses(subject: ObjectiveSubject) -> str:
     shuffled = random.Random(subject.seed).sample(numbers, count)
     another = subject.prepared(f"run.seed={subject.seed}").objective
     with generators_kept():
-        _disturb(shuffled[0])
+        move_generators(shuffled[0])
         _compare(subject, expected, _build(subject, subject.objective, shuffled), "in another order")
         _compare(subject, expected, _build(subject, another, numbers[::-1]), "by another instance")
     _compare(subject, expected, _in_worker(subject, shuffled[: count // 2]), "in a worker process")
@@ -64,13 +61,6 @@ def _compare(
             )
 
 
-def _disturb(seed: int) -> None:
-    """Move the generators that rows must not draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _in_worker(subject: ObjectiveSubject, numbers: list[int]) -> list[tuple[int, dict[str, str]]]:
     """Digests from a forked process, as a data loader's worker would build them."""
     import json
@@ -80,7 +70,7 @@ def _in_worker(subject: ObjectiveSubject, numbers: list[int]) -> list[tuple[int,
     if pid == 0:
         status = 1
         try:
-            _disturb(numbers[0] + 1)
+            move_generators(numbers[0] + 1)
             path.write_text(json.dumps(list(_build(subject, subject.objective, numbers))))
             status = 0
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -42,8 +41,7 @@ class ObjectiveSuite(Suite):
         return ObjectiveSubject(
             cls.objective,
             settings=cls.settings,
-            full=os.environ.get("MEGALM_PROOF") == "full",
-            seed=int(os.environ.get("MEGALM_SEED") or 0),
+            **cls.asked(),
             tokenizer=cls.tokenizer,
             text=cls.text,
             device=cls.device,

@@ -9,23 +9,20 @@ import torch
 
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch, make_microbatch
-from megalm.nn.module import materialise
 from megalm.parallel.mesh import single_rank
 from megalm.plugin.contract.objective import IGNORE, Term
 from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.objective.subject import ObjectiveSubject
-from megalm.testing.parity import gradients_of
+from megalm.testing.parity import gradients_of, make_model
 from megalm.train.feed import Rows
+from megalm.train.prepare import Prepared
 
 TOLERANCE = 1e-9
 
 
-def serial_model(subject: ObjectiveSubject) -> LanguageModel:
-    """The whole model of :meth:`ObjectiveSubject.prepared` on one rank, in float64."""
-    parallel = single_rank(subject.device)
-    model = LanguageModel(subject.prepared().spec, parallel)
-    materialise(model, parallel, subject.seed, torch.float64)
-    return model
+def serial_model(subject: ObjectiveSubject, prepared: Prepared | None = None) -> LanguageModel:
+    """The whole model of a run, by default :meth:`ObjectiveSubject.prepared`, on one rank, in float64."""
+    return make_model(prepared or subject.prepared(), single_rank(subject.device), seed=subject.seed)
 
 
 def terms_are_scored(subject: ObjectiveSubject) -> str:
@@ -151,9 +148,7 @@ def _items(term: Term, probe: Probe, hidden: torch.Tensor, batch: Microbatch) ->
     if not term.sum.requires_grad:
         return {"positions": 0, "rows": 0}
     leaves = [*probe.losses, *probe.logits, hidden]
-    grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-        term.sum, leaves, allow_unused=True, retain_graph=True
-    )
+    grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(term.sum, leaves, allow_unused=True, retain_graph=True)
     losses, others = grads[: len(probe.losses)], grads[len(probe.losses) :]
     found = [(grad, rows) for grad, rows in zip(losses, probe.rows_of, strict=True) if grad is not None and grad.any()]
     if found:

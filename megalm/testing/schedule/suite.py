@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
 from megalm.testing.check import Suite
@@ -27,6 +26,5 @@ class ScheduleSuite(Suite):
     def subject(cls) -> ScheduleSubject:
         return ScheduleSubject(
             cls.schedule,
-            full=os.environ.get("MEGALM_PROOF") == "full",
-            seed=int(os.environ.get("MEGALM_SEED") or 0),
+            **cls.asked(),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -34,6 +33,5 @@ class TokenizerSuite(Suite):
             cls.tokenizer,
             settings=cls.settings,
             texts=cls.texts,
-            full=os.environ.get("MEGALM_PROOF") == "full",
-            seed=int(os.environ.get("MEGALM_SEED") or 0),
+            **cls.asked(),
         )
