@@ -48,16 +48,17 @@ def plan(
 
     prepared = prepare_run(resolved, manager, size)
     layout = resolved.config.parallel
-    if layout.pp > 1 and comm:
-        raise UsageError("megalm plan --comm does not count the messages of pipelines yet; leave parallel.pp at 1")
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
     volumes: dict[str, list[RankClass]] = {}
     if comm:
-        planner = Planner(prepared.spec, grid, resolved.config.train.precision)
+        planner = Planner(prepared.spec, prepared.pipeline, grid, resolved.config.train.precision)
         volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))
         if evaluation:
-            found = planner.evaluation(prepared.objective, lambda dp: _evaluation(prepared, dp, grid.dp))
-            volumes["evaluation"] = found
+            from megalm.train.step import AT_ONCE
+
+            volumes["evaluation"] = planner.evaluation(
+                prepared.objective, lambda dp: _evaluation(prepared, dp, grid.dp), at_once=AT_ONCE
+            )
     facts = _facts(prepared, grid)
     if json:
         from megalm.plan.report import communication
@@ -69,8 +70,8 @@ def plan(
 
     show_facts(facts)
     for name, found in volumes.items():
-        show_communication(name, found)
-    if not comm and layout.pp == 1:
+        show_communication(name, found, layout.pp)
+    if not comm:
         typer.echo("\n--comm shows what ranks send to each other in a step.")
 
 

@@ -65,8 +65,8 @@ def _span(counts: list[int]) -> str:
     return many if few == many else f"{few} to {many}"
 
 
-def show_communication(what: str, classes: list[RankClass]) -> None:
-    """A table of the ranks that send most, with totals by axis."""
+def show_communication(what: str, classes: list[RankClass], pp: int) -> None:
+    """A table of the ranks that send most, with totals by axis; of ``pp`` pipeline ranks, what each sends."""
     most, console = largest(classes), _console()
     table = Table("item", "axis", "operation", "calls", "payload", "wire", box=None, pad_edge=False)
     table.header_style = "bold"
@@ -86,7 +86,26 @@ def show_communication(what: str, classes: list[RankClass]) -> None:
         table.add_row(f"total {axis}", axis, "", *_cells(total(most.entries, axis)), style="bold")
     table.add_row("total", "", "", *_cells(total(most.entries)), style="bold")
     console.print(table)
+    if pp > 1:
+        _show_places(classes, pp)
     console.print(f"\nNote: {MEASURED}.", style="dim")
+
+
+def _show_places(classes: list[RankClass], pp: int) -> None:
+    """For each pipeline rank what those of its ranks send that send most, by axis."""
+    every = list(dict.fromkeys(axis for each in classes for axis in axes(each)))
+    table = Table("pp rank", *(f"wire {axis}" for axis in every), "wire in all", box=None, pad_edge=False)
+    table.header_style = "bold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    size = sum(len(each.ranks) for each in classes) // pp
+    for place in range(pp):
+        most = largest([each for each in classes if any(rank // size == place for rank in each.ranks)])
+        cells = [human(total(most.entries, axis).wire) for axis in every]
+        table.add_row(str(place), *cells, human(total(most.entries).wire))
+    console = _console()
+    console.print()
+    console.print(table)
 
 
 def human(count: float) -> str:

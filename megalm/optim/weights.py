@@ -40,7 +40,8 @@ class Weights:
     @staticmethod
     def _move_gradient(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                return  # it was used, and its gradient is put off (megalm.ops.linear); torch calls all the same
             if master.grad is None:
                 master.grad = parameter.grad.to(master.dtype)
             else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from megalm.model.spec import ModelSpec
+from megalm.model.stages import Stage
 from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalm.plan.entries import Entry, entry
@@ -40,10 +41,17 @@ class Way:
     features: int
 
 
-def ways(backbone: nn.Module) -> Counter[Way]:
-    """Every way of a backbone, of any number of layers, and how many are alike."""
+def ways(backbone: nn.Module, stage: Stage) -> Counter[Way]:
+    """The ways of one of the backbone's stages, and how many are alike.
+
+    An embedding that a later stage has for its head alone looks nothing up, so it says nothing here.
+    """
     found: Counter[Way] = Counter()
     for path, module in backbone.named_modules():
+        place, _, rest = path.partition(".")
+        here = int(rest.partition(".")[0]) in stage.layers if place == "layers" and rest else stage.first
+        if not here:
+            continue
         item = next((name for name in path.split(".") if name != "layers" and not name.isdigit()), path)
         if isinstance(module, ColumnParallelLinear):
             found[Way(item, "in", module.weight.shape[1])] += 1

@@ -1,12 +1,13 @@
 """The communication of a step on a layout as a number: for every rank, item by item.
 
 Nothing is allocated but small stand-ins, and no process group exists. The backbone follows formulas over the model as
-it is described on the meta device, gradients their layouts, and the loss is measured on the step's own microbatches.
-What callbacks tell each other is not counted.
+it is described on the meta device, stages send what the verified lists say, gradients follow their layouts, and the
+loss is measured on the step's own microbatches. What callbacks tell each other is not counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,13 +15,17 @@ import torch
 
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec
+from megalm.model.stages import Stage
 from megalm.nn.module import layouts
 from megalm.optim.weights import DTYPES
 from megalm.parallel.layout import Layout
-from megalm.plan.backbone import backbone_entries, recompute_entries, ways
+from megalm.pipeline.lower import LoweredOrder
+from megalm.pipeline.plan import Pipeline
+from megalm.plan.backbone import Way, backbone_entries, recompute_entries, ways
 from megalm.plan.entries import Entry, entry, merged, total
 from megalm.plan.gradients import gradient_entries, local_shapes
 from megalm.plan.loss import LossProbe, Scorer
+from megalm.plan.messages import message_entries
 from megalm.plan.recording import Grid, recording_context
 
 Microbatches = Callable[[int], Iterable[Mapping[str, torch.Tensor]]]
@@ -38,72 +43,145 @@ class RankClass:
     entries: tuple[Entry, ...]
 
 
-class Planner:
-    """A model on a layout, described on the meta device."""
+@dataclass(frozen=True)
+class _Asked:
+    """What the microbatches of a data-parallel rank come to."""
 
-    def __init__(self, spec: ModelSpec, grid: Grid, precision: str) -> None:
+    tokens: tuple[int, ...]
+    flows: tuple[bool, ...]
+    """Whether the gradient of its loss reaches the last stage's layers."""
+    loss: tuple[Entry, ...]
+    """What the ranks with the last stage say for it."""
+
+
+class Planner:
+    """A model on a layout, described on the meta device.
+
+    Args:
+        spec: the model.
+        pipeline: its stages, and the order in which they work.
+        grid: the ranks that share the stages of a pipeline rank.
+        precision: ``train.precision``.
+    """
+
+    def __init__(self, spec: ModelSpec, pipeline: Pipeline, grid: Grid, precision: str) -> None:
         self.spec = spec
+        self.pipeline = pipeline
         self.grid = grid
+        self.pp = len(pipeline.order.ranks)
         self._dtype = DTYPES[precision]
         self._master = torch.float64 if self._dtype == torch.float64 else torch.float32
-        model = LanguageModel(spec, recording_context(grid, []))
-        declared = layouts(model)
-        self._layouts: dict[str, Layout] = {name: declared[name] for name, _ in model.named_parameters()}
-        self._ways = ways(model.backbone)
+        # By pipeline rank: the layouts of what it holds, and the ways of each of its stages.
+        self._layouts: list[dict[str, Layout]] = []
+        self._ways: list[list[tuple[Stage, Counter[Way]]]] = []
+        for place in range(self.pp):
+            stages = pipeline.stages_of(place)
+            model = LanguageModel(spec, recording_context(grid, []), stages)
+            declared = layouts(model)
+            self._layouts.append({name: declared[name] for name, _ in model.named_parameters()})
+            self._ways.append([(stage, ways(model.backbone, stage)) for stage in stages])
 
     def step(self, objective: Scorer, microbatches: Microbatches) -> list[RankClass]:
         """What each rank communicates in one optimizer step, ``microbatches`` being those of the step.
 
         Classes come in the order of their lowest ranks.
         """
-        return self._classes(objective, microbatches, train=True)
+        asked = self._ask(objective, microbatches, train=True)
+        found = {each: self._rows(objective, each, [self.pipeline.verified.lowered], train=True) for each in set(asked)}
+        return self._classes([found[each] for each in asked], self._gradients())
 
-    def evaluation(self, objective: Scorer, microbatches: Microbatches) -> list[RankClass]:
-        """The same for one evaluation."""
-        return self._classes(objective, microbatches, train=False)
+    def evaluation(self, objective: Scorer, batches: Microbatches, *, at_once: int) -> list[RankClass]:
+        """The same for one evaluation, of which ``at_once`` batches for each pipeline rank go through it together."""
+        asked = self._ask(objective, batches, train=False)
+        found = {}
+        for each in set(asked):
+            most, all_of = at_once * self.pp, len(each.tokens)
+            orders = [self.pipeline.forward_only(min(most, all_of - first)) for first in range(0, all_of, most)]
+            found[each] = self._rows(objective, each, orders, train=False)
+        return self._classes([found[each] for each in asked], [[()] * self.grid.tp] * self.pp)
 
-    def _classes(self, objective: Scorer, microbatches: Microbatches, *, train: bool) -> list[RankClass]:
-        grid = self.grid
-        # Without tensor parallelism ranks meet on the data-parallel axis only, where all of them say the same.
-        alike = grid.tp == 1
-        rows = [
-            merged(self._data_entries(objective, microbatches, index, train))
-            for index in range(1 if alike else grid.dp)
-        ]
-        gradients = self._gradients() if train else [()] * grid.tp
-        found: dict[tuple[Entry, ...], list[int]] = {}
-        for rank in range(grid.size):
-            dp_index, tp_index = divmod(rank, grid.tp)
-            entries = merged((*rows[0 if alike else dp_index], *gradients[tp_index]))
-            found.setdefault(entries, []).append(rank)
-        return [RankClass(tuple(ranks), entries) for entries, ranks in found.items()]
-
-    def _gradients(self) -> list[tuple[Entry, ...]]:
-        """For each place on the tensor-parallel axis; places with equal shapes communicate alike."""
-        known: dict[tuple[tuple[int, ...], ...], tuple[Entry, ...]] = {}
-        out = []
-        for index in range(self.grid.tp):
-            shapes = local_shapes(self._layouts, index)
-            if shapes not in known:
-                known[shapes] = tuple(gradient_entries(self._layouts, self.grid, index, self._master.itemsize))
-            out.append(known[shapes])
+    def _ask(self, objective: Scorer, microbatches: Microbatches, *, train: bool) -> list[_Asked]:
+        """For each data-parallel rank."""
+        out: list[_Asked] = []
+        for index in range(self.grid.dp):
+            # Without tensor parallelism losses say something on the data-parallel axis only, where all say the same.
+            first = out[0] if out and self.grid.tp == 1 else None
+            if first is not None and self.pp == 1:
+                out.append(first)
+                continue
+            probe = None if first else LossProbe(self.spec, self.grid, objective, self._dtype, index)
+            tokens, flows, loss = [], [], []
+            for tensors in microbatches(index):
+                tokens.append(tensors["tokens"].numel())
+                if probe is not None:
+                    said, flowing = probe.ask(tensors, backward=train)
+                    loss += said
+                    flows.append(flowing)
+            if first is not None:
+                out.append(_Asked(tuple(tokens), first.flows, first.loss))
+            else:
+                out.append(_Asked(tuple(tokens), tuple(flows), merged(loss)))
         return out
 
+    def _rows(
+        self, objective: Scorer, asked: _Asked, orders: list[LoweredOrder], *, train: bool
+    ) -> list[tuple[Entry, ...]]:
+        """For each pipeline rank, but for gradients. ``orders`` take the microbatches one after the other."""
+        return [merged(self._data_entries(objective, asked, place, orders, train)) for place in range(self.pp)]
+
     def _data_entries(
-        self, objective: Scorer, microbatches: Microbatches, dp_index: int, train: bool
+        self, objective: Scorer, asked: _Asked, place: int, orders: list[LoweredOrder], train: bool
     ) -> Iterator[Entry]:
-        grid = self.grid
-        probe = LossProbe(self.spec, grid, objective, self._dtype, dp_index)
-        for tensors in microbatches(dp_index):
-            loss, flows = probe.ask(tensors, backward=train)
-            tokens = tensors["tokens"].numel()
-            size = self._dtype.itemsize
-            yield from backbone_entries(self._ways, grid, tokens=tokens, itemsize=size, backward=flows)
-            if flows:
-                yield from recompute_entries(self._ways, self.spec, grid, tokens=tokens, itemsize=size)
-            yield from loss
+        grid, size = self.grid, self._dtype.itemsize
+        if grid.tp > 1:
+            for stage, found in self._ways[place]:
+                # A stage before the last goes backward even where no gradient reaches it: it is sent zeros.
+                flows = (train and (flowing or not stage.last) for flowing in asked.flows)
+                for (tokens, backward), count in Counter(zip(asked.tokens, flows, strict=True)).items():
+                    every = Counter({way: calls * count for way, calls in found.items()})
+                    yield from backbone_entries(every, grid, tokens=tokens, itemsize=size, backward=backward)
+                    if backward:
+                        yield from recompute_entries(every, self.spec, grid, tokens=tokens, itemsize=size)
+        if place == self.pipeline.last_rank:
+            yield from asked.loss
+        first = 0
+        for lowered in orders:
+            tokens_of = asked.tokens[first : first + lowered.order.microbatches]
+            first += len(tokens_of)
+            features = self.spec.cfg.hidden_size
+            yield from message_entries(lowered, place, grid, tokens=tokens_of, features=features, itemsize=size)
+        sums = _SUMS_BYTES * len(objective.weights)
         if grid.dp > 1:
-            yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, _SUMS_BYTES * len(objective.weights), 2)
+            yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, sums, 2)
+        if self.pp > 1:
+            yield entry("loss sums", "pp", "all_reduce", self.pp, sums)
+
+    def _gradients(self) -> list[list[tuple[Entry, ...]]]:
+        """For each pipeline rank and each place on the tensor-parallel axis; equal shapes communicate alike."""
+        out = []
+        for held in self._layouts:
+            known: dict[tuple[tuple[int, ...], ...], tuple[Entry, ...]] = {}
+            row = []
+            for index in range(self.grid.tp):
+                shapes = local_shapes(held, index)
+                if shapes not in known:
+                    entries = gradient_entries(held, self.grid, index, self._master.itemsize, pp=self.pp)
+                    known[shapes] = tuple(entries)
+                row.append(known[shapes])
+            out.append(row)
+        return out
+
+    def _classes(
+        self, rows: list[list[tuple[Entry, ...]]], gradients: list[list[tuple[Entry, ...]]]
+    ) -> list[RankClass]:
+        """``rows``: by data-parallel and pipeline rank; ``gradients``: by pipeline and tensor-parallel rank."""
+        found: dict[tuple[Entry, ...], list[int]] = {}
+        for rank in range(self.pp * self.grid.size):
+            place, inside = divmod(rank, self.grid.size)
+            dp_index, tp_index = divmod(inside, self.grid.tp)
+            entries = merged((*rows[dp_index][place], *gradients[place][tp_index]))
+            found.setdefault(entries, []).append(rank)
+        return [RankClass(tuple(ranks), entries) for entries, ranks in found.items()]
 
 
 def largest(classes: list[RankClass]) -> RankClass:

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megalm.optim.gradients import buckets as buckets
+from megalm.optim.gradients import buckets
 from megalm.parallel.layout import Layout
 from megalm.plan.entries import Entry, entry
 from megalm.plan.recording import Grid
 
 _NORM_BYTES = 8
 """The norm's square is one float64."""
+_ENDS = 2
+"""The pipeline ranks with its first and its last stage."""
 
 
 def local_shapes(layouts: Mapping[str, Layout], tp_index: int) -> tuple[tuple[int, ...], ...]:
@@ -25,8 +27,13 @@ def local_shapes(layouts: Mapping[str, Layout], tp_index: int) -> tuple[tuple[in
     return tuple(layout.local_shape({"tp": tp_index, "dp": 0}) for layout in layouts.values())
 
 
-def gradient_entries(layouts: Mapping[str, Layout], grid: Grid, tp_index: int, itemsize: int) -> Iterator[Entry]:
-    """The sums of gradients, in elements of ``itemsize`` bytes, and of their norm, for the ranks at ``tp_index``."""
+def gradient_entries(
+    layouts: Mapping[str, Layout], grid: Grid, tp_index: int, itemsize: int, *, pp: int = 1
+) -> Iterator[Entry]:
+    """The sums of gradients, in elements of ``itemsize`` bytes, and of their norm, for the ranks at ``tp_index``.
+
+    ``layouts``: of what a pipeline rank holds, one of ``pp``.
+    """
     shapes = dict(zip(layouts, local_shapes(layouts, tp_index), strict=True))
     gradients = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if grid.tp > 1:
@@ -43,5 +50,10 @@ def gradient_entries(layouts: Mapping[str, Layout], grid: Grid, tp_index: int, i
         for bucket in buckets(gradients.values()):
             payload = sum(g.numel() for g in bucket) * itemsize
             yield entry("data-parallel gradients", "dp", "all_reduce", grid.dp, payload)
-    if grid.tp > 1:
-        yield entry("gradient norm", "tp", "all_reduce", grid.tp, _NORM_BYTES)
+    for name, layout in layouts.items():
+        if layout.tied is not None:
+            payload = gradients[name].numel() * itemsize
+            yield entry("tied embedding at both ends", "ends", "all_reduce", _ENDS, payload)
+    for axis, ranks in (("tp", grid.tp), ("pp", pp)):
+        if ranks > 1:
+            yield entry("gradient norm", axis, "all_reduce", ranks, _NORM_BYTES)

@@ -17,7 +17,7 @@ from megalm.parallel.mesh import ParallelContext
 
 @dataclass(frozen=True)
 class Grid:
-    """The layout that is planned for."""
+    """The ranks that share the stages of a pipeline rank; without a pipeline, all ranks."""
 
     tp: int = 1
     dp: int = 1

@@ -13,6 +13,7 @@ from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec
 from megalm.nn.microbatch import make_microbatch
 from megalm.nn.module import materialise
+from megalm.ops.linear import WeightGradients
 from megalm.optim.gradients import all_reduce_coalesced, clip_gradients, finish_gradients, first_not_finite, global_norm
 from megalm.optim.weights import Weights
 from megalm.parallel.mesh import ParallelContext, single_rank
@@ -127,6 +128,24 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
     assert any(not torch.equal(rounded[name].float(), expected[name]) for name in expected), (
         "bfloat16 sums would differ"
     )
+
+
+def test_bfloat16_gradients_of_weights_may_come_later() -> None:
+    """B computes none of a linear layer's weights, W all: they add up as if they had come at once."""
+    once, every = build(single_rank(), torch.bfloat16)
+    model, weights = build(single_rank(), torch.bfloat16)
+    put_off = []
+    for tokens, labels in microbatches(3):
+        backward(once, tokens, labels)
+        put_off.append(WeightGradients())
+        with put_off[-1].collect():
+            backward(model, tokens, labels)
+    moved = {name for name in weights.masters if weights.gradient(name).any()}
+    for later in put_off:
+        later.compute()
+    assert any(name.endswith("mlp.down.weight") for name in set(weights.masters) - moved)
+    for name in every.masters:
+        assert torch.equal(weights.gradient(name), every.gradient(name)), name
 
 
 def test_bfloat16_parameters_are_rounded_masters() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megalm.cli.app import main
+from megalm.cli.show_plan import human
 from megalm.model.language_model import LanguageModel
 from megalm.nn.module import materialise
 from megalm.parallel.mesh import ParallelContext
@@ -153,7 +154,30 @@ def test_a_pipeline_is_shown_stage_by_stage(plan: Plan) -> None:
     rows = {line.split()[0]: line.split("  ") for line in out.splitlines() if line[:2] in ("0 ", "1 ")}
     cells = {place: [cell.strip() for cell in row if cell.strip()][:3] for place, row in rows.items()}
     assert cells == {"0": ["0", "0, 3", "0-1, 4"], "1": ["1", "1, 2", "2, 3"]}
-    assert "--comm" not in out  # which pipelines do not have
+
+
+def test_the_communication_of_a_pipeline(plan: Plan) -> None:
+    """The table is of the ranks that send most; beside it, what each pipeline rank sends."""
+    more = ("--set", "model.tie_embeddings=true", "--set", "parallel.pp_split=[4,1]", "--comm")
+    status, out, err = plan(*PIPELINE, *more, "--json")
+    assert status == 0, err
+    classes = json.loads(out)["communication"]["step"]["classes"]
+    sent = {rank: each["totals"]["all"]["wire_bytes"] for each in classes for rank in each["ranks"]}
+    assert set(sent) == set(range(8))
+    items = {item["item"] for each in classes for item in each["items"]}
+    assert {"hidden vectors between stages", "gradients between stages", "tied embedding at both ends"} <= items
+
+    status, out, err = plan(*PIPELINE, *more)
+    assert status == 0, err
+    rows = [line.split("  ") for line in out.splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    start = next(n for n, row in enumerate(cells) if row[:2] == ["pp rank", "wire tp"])
+    assert cells[start] == ["pp rank", "wire tp", "wire pp", "wire dp", "wire ends", "wire in all"]
+    for place, row in enumerate(cells[start + 1 : start + 3]):
+        assert row[0] == str(place)
+        assert row[-1] == human(max(sent[rank] for rank in range(4 * place, 4 * place + 4)))
+    # The first pipeline rank has four of five layers, and sends two microbatches of 2 * 16 tokens of 24 float64.
+    assert cells[start + 1][2] == human(2 * 2 * 16 * 24 * 8 + 8 * 2)
 
 
 MISTAKES = [
@@ -165,7 +189,6 @@ MISTAKES = [
     (("--ranks", "2", "--set", "train.micro_batch=3"), "train.global_batch = 8 is not a multiple"),
     (("--ranks", "2", "--set", "data.path=nowhere"), "nowhere"),
     (("--ranks", "2", "--eval"), "give both"),
-    ((*PIPELINE, "--comm"), "does not count the messages of pipelines yet"),
     (("--ranks", "2", "--com"), "--com"),
     (("--ranks", "2", "--plugins", "nosuch"), "nosuch"),
 ]

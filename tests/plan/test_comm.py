@@ -4,122 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megalm.model.language_model import LanguageModel
-from megalm.nn.module import materialise
 from megalm.ops import cross_entropy
-from megalm.optim.gradients import finish_gradients, global_norm
-from megalm.optim.weights import DTYPES, Weights
-from megalm.parallel.mesh import ParallelContext
-from megalm.parallel.phase import phase
-from megalm.parallel.sim import SimulatedWorld
 from megalm.plan.comm import Planner, RankClass, largest
 from megalm.plan.entries import total
 from megalm.plan.recording import Grid
 from megalm.plugin.contract.objective import LossContext, Term
-from megalm.train.feed import Rows, TrainFeed, evaluation_rows
+from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.prepare import Prepared
-from megalm.train.step import evaluate, forward_backward
+from megalm.train.step import AT_ONCE
 
-PreparedRun = Callable[..., Prepared]
-Said = dict[tuple[Any, ...], tuple[int, int, float]]
-GRADIENTS = ("gradients of token shards", "rows that ranks share", "data-parallel gradients")
-CPU = torch.device("cpu")
-
-
-def rows_of(prepared: Prepared, dp_index: int, dp_size: int) -> list[Rows]:
-    train = prepared.resolved.config.train
-    feed = TrainFeed(
-        prepared.objective,
-        prepared.train,
-        seed=prepared.resolved.config.run.seed,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        dp_index=dp_index,
-        dp_size=dp_size,
-    )
-    return feed.step(0)
-
-
-def planned(prepared: Prepared, grid: Grid) -> list[RankClass]:
-    planner = Planner(prepared.spec, grid, prepared.resolved.config.train.precision)
-    return planner.step(prepared.objective, lambda dp: (rows.tensors(CPU) for rows in rows_of(prepared, dp, grid.dp)))
-
-
-def by_rank(classes: list[RankClass]) -> Said:
-    """(rank, part of the step, axis, operation) -> (calls, payload, wire)."""
-    out: Said = {}
-    for each in classes:
-        for e in each.entries:
-            part = "gradients" if e.item in GRADIENTS else "norm" if e.item == "gradient norm" else "microbatches"
-            for rank in each.ranks:
-                old = out.get((rank, part, e.axis, e.operation), (0, 0, 0.0))
-                v = e.volume
-                out[rank, part, e.axis, e.operation] = (old[0] + v.calls, old[1] + v.payload, old[2] + v.wire)
-    return out
-
-
-def simulated(prepared: Prepared, grid: Grid) -> Said:
-    """The same of a step that simulated ranks have computed."""
-    config = prepared.resolved.config
-    dtype = DTYPES[config.train.precision]
-
-    def step(parallel: ParallelContext) -> None:
-        model = LanguageModel(prepared.spec, parallel)
-        master = torch.float64 if dtype == torch.float64 else torch.float32
-        materialise(model, parallel, config.run.seed, master)
-        weights = Weights(model, parallel, dtype)
-        rows = rows_of(prepared, parallel.dp.index, parallel.dp.size)
-        with phase("microbatches"):
-            forward_backward(model, prepared.objective, rows, seed=config.run.seed, step=0)
-        with phase("gradients"):
-            finish_gradients(weights)
-        with phase("norm"):
-            global_norm(weights)
-
-    world = SimulatedWorld(tp=grid.tp, dp=grid.dp, sp=grid.sp)
-    world.run(step)
-    return said(world)
-
-
-def said(world: SimulatedWorld) -> Said:
-    out: Said = {}
-    for record in world.trace:
-        key = (record.rank, record.phase.split(" > ")[0], record.group, record.operation)
-        old = out.get(key, (0, 0, 0.0))
-        out[key] = (old[0] + 1, old[1] + record.payload, old[2] + record.wire)
-    return out
-
-
-def assert_same(plan: Said, truth: Said, label: object) -> None:
-    assert set(plan) == set(truth), label
-    for key, (calls, payload, wire) in truth.items():
-        assert plan[key][:2] == (calls, payload), f"{key} of {label}"
-        assert plan[key][2] == pytest.approx(wire, rel=1e-12), f"{key} of {label}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A run and a layout."""
-
-    model: str
-    grid: Grid
-    overrides: tuple[str, ...] = ()
-
-    def prepare(self, prepared_run: PreparedRun) -> Prepared:
-        layout = (f"parallel.tp={self.grid.tp}", f"parallel.sp={str(self.grid.sp).lower()}")
-        return prepared_run(self.model, "model.layers=1", *layout, *self.overrides, world_size=self.grid.size)
-
-    def check(self, prepared_run: PreparedRun) -> None:
-        prepared = self.prepare(prepared_run)
-        assert_same(by_rank(planned(prepared, self.grid)), simulated(prepared, self.grid), self)
-
+from .cases import CPU, Case, PreparedRun, check, plan_of
+from .truth import assert_same, planned, simulated_evaluation
 
 ACCUMULATE = "train.micro_batch=2"
 NAMED = [
@@ -196,7 +98,7 @@ def test_megatrons_formulas(prepared_run: PreparedRun) -> None:
     hidden = b * s * h * 8
     tokens = b * s * 8
     plain, sharded = (
-        planned(
+        plan_of(
             Case("gpt2", Grid(4, 1, sp), (f"model.layers={layers}", ACCUMULATE)).prepare(prepared_run), Grid(4, 1, sp)
         )
         for sp in (False, True)
@@ -232,7 +134,7 @@ def test_shared_rows_and_uneven_ranks_by_hand(prepared_run: PreparedRun) -> None
     """Six query heads on four ranks; three of them read each of two key/value heads, so the second rank has both."""
     sizes = ("model.kv_heads=2", "model.ffn_size=64", "model.vocab_size=262", "train.micro_batch=4")
     case = Case("llama", Grid(4, 2), sizes)
-    found = planned(case.prepare(prepared_run), case.grid)
+    found = plan_of(case.prepare(prepared_run), case.grid)
     h, d, vocab = 24, 4, (66, 66, 65, 65)
     queries, keys = (2, 2, 1, 1), (1, 2, 1, 1)
     for each in found:
@@ -251,7 +153,7 @@ def test_the_loss_in_chunks(prepared_run: PreparedRun, monkeypatch: pytest.Monke
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * 131 * 50)
     case = Case("gpt2", Grid(2, 1), ("model.vocab_size=262",))
     case.check(prepared_run)
-    statistics = items(planned(case.prepare(prepared_run), case.grid)[0])["loss statistics", "tp", "all_reduce"]
+    statistics = items(plan_of(case.prepare(prepared_run), case.grid)[0])["loss statistics", "tp", "all_reduce"]
     assert statistics[0] == 2 * 3
 
 
@@ -260,7 +162,7 @@ def test_gradients_in_several_messages(prepared_run: PreparedRun, monkeypatch: p
     for grid in (Grid(2, 2, True), Grid(1, 2)):
         case = Case("gpt2", grid, ("train.micro_batch=4",))
         case.check(prepared_run)
-        found = items(planned(case.prepare(prepared_run), grid)[0])
+        found = items(plan_of(case.prepare(prepared_run), grid)[0])
         assert found["data-parallel gradients", "dp", "all_reduce"][0] > 3
 
 
@@ -325,7 +227,7 @@ def test_any_objective_is_asked(score: Any, sp: bool, transform: str, prepared_r
     case = Case("gpt2", Grid(2, 2, sp), ("train.micro_batch=1", f"model.lm_head_transform={transform}"))
     prepared = case.prepare(prepared_run)
     other = replace(prepared, objective=ThirdParty(prepared, score))
-    assert_same(by_rank(planned(other, case.grid)), simulated(other, case.grid), case)
+    check(other, case.grid, case)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -340,8 +242,8 @@ def test_rows_of_a_cell(tp: int, prepared_run: PreparedRun) -> None:
     case = Case("gpt2", Grid(tp, 2), ("train.micro_batch=4",))
     prepared = case.prepare(prepared_run)
     coupled = replace(prepared, spec=replace(prepared.spec, coupling="cell"), objective=ThirdParty(prepared, contrast))
-    found = planned(coupled, case.grid)
-    assert_same(by_rank(found), simulated(coupled, case.grid), case)
+    check(coupled, case.grid, case)
+    found = plan_of(coupled, case.grid)
     assert items(found[0])["rows of a cell", "dp", "all_gather"] == (1, 8 * 24 * 8)
     assert items(found[0])["gradient of a cell's rows", "dp", "reduce_scatter"] == (1, 8 * 24 * 8)
 
@@ -362,7 +264,7 @@ def test_modules_of_an_objective_have_the_true_width(prepared_run: PreparedRun) 
     prepared = case.prepare(prepared_run)
     spec = replace(prepared.spec, modules={"probe": build})
     owning = replace(prepared, spec=spec, objective=ThirdParty(prepared, scored))
-    assert_same(by_rank(planned(owning, case.grid)), simulated(owning, case.grid), case)
+    check(owning, case.grid, case)
 
 
 def test_communication_that_depends_on_hidden_values_is_refused(prepared_run: PreparedRun) -> None:
@@ -372,7 +274,7 @@ def test_communication_that_depends_on_hidden_values_is_refused(prepared_run: Pr
     case = Case("gpt2", Grid(2, 1, True))
     prepared = case.prepare(prepared_run)
     with pytest.raises(Exception, match="communicates 4 or 8 times, depending on the values of hidden vectors"):
-        planned(replace(prepared, objective=ThirdParty(prepared, fickle)), case.grid)
+        plan_of(replace(prepared, objective=ThirdParty(prepared, fickle)), case.grid)
 
 
 @pytest.mark.parametrize("case", [NAMED[1], NAMED[9], NAMED[12]], ids=str)
@@ -391,14 +293,7 @@ def test_an_evaluation(case: Case, prepared_run: PreparedRun) -> None:
             dp_size=grid.dp,
         )
 
-    def run(parallel: ParallelContext) -> None:
-        model = LanguageModel(prepared.spec, parallel)
-        materialise(model, parallel, 7, DTYPES[prepared.resolved.config.train.precision])
-        with phase("microbatches"):
-            evaluate(model, prepared.objective, rows(parallel.dp.index))
-
-    planner = Planner(prepared.spec, grid, prepared.resolved.config.train.precision)
-    found = planner.evaluation(prepared.objective, lambda dp: (each.tensors(CPU) for each in rows(dp)))
-    world = SimulatedWorld(tp=grid.tp, dp=grid.dp, sp=grid.sp)
-    world.run(run)
-    assert_same(by_rank(found), said(world), case)
+    planner = Planner(prepared.spec, prepared.pipeline, grid, prepared.resolved.config.train.precision)
+    found = planner.evaluation(prepared.objective, lambda dp: (each.tensors(CPU) for each in rows(dp)), at_once=AT_ONCE)
+    truth = simulated_evaluation(prepared, rows, tp=grid.tp, pp=case.pp, dp=grid.dp, sp=grid.sp)
+    assert_same(planned(found), truth, case)
