@@ -21,7 +21,6 @@ from megalm.plugin.contract.pipeline import PipelineShape
 from megalm.plugin.manager import PluginManager
 from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.prepare import Prepared
-from megalm.train.step import AT_ONCE
 
 from .cases import CPU, Case, PreparedRun, check, plan_of
 from .test_comm import SCORES, ThirdParty
@@ -116,10 +115,13 @@ def test_any_objective_is_asked(score: Any, prepared_run: PreparedRun) -> None:
     check(replace(prepared, objective=ThirdParty(prepared, score)), case.grid, case)
 
 
-@pytest.mark.parametrize("samples", [7, 8, 61])
+@pytest.mark.parametrize(("samples", "at_once"), [(7, 4), (8, 4), (11, 1)])
 @pytest.mark.parametrize("case", [NAMED[1], NAMED[5], NAMED[7]], ids=str)
-def test_an_evaluation(case: Case, samples: int, prepared_run: PreparedRun) -> None:
+def test_an_evaluation(
+    case: Case, samples: int, at_once: int, prepared_run: PreparedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches that are not full, ranks with one batch less, and more of them than go through at once."""
+    monkeypatch.setattr("megalm.train.step.AT_ONCE", at_once)
     prepared, grid = case.prepare(prepared_run), case.grid
 
     def rows(dp: int) -> Iterator[Rows]:
@@ -135,7 +137,7 @@ def test_an_evaluation(case: Case, samples: int, prepared_run: PreparedRun) -> N
         )
 
     planner = Planner(prepared.spec, prepared.pipeline, grid, prepared.resolved.config.train.precision)
-    found = planner.evaluation(prepared.objective, lambda dp: (each.tensors(CPU) for each in rows(dp)), at_once=AT_ONCE)
+    found = planner.evaluation(prepared.objective, lambda dp: (each.tensors(CPU) for each in rows(dp)), at_once=at_once)
     truth = simulated_evaluation(prepared, rows, tp=grid.tp, pp=case.pp, dp=grid.dp, sp=grid.sp)
     assert_same(planned(found), truth, case)
 
