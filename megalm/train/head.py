@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +18,15 @@ import torch
 
 from megalm.errors import DataError, ObjectiveError
 from megalm.model.language_model import LanguageModel
-from megalm.nn.microbatch import make_microbatch
+from megalm.nn.microbatch import Microbatch, make_microbatch
+from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.head import Head
 from megalm.plugin.contract.objective import Batch, Corpus, Example, LossContext, Needs, Objective, ObjectiveEnv, Term
 from megalm.plugin.contract.records import Record, record_problems
 from megalm.train.feed import evaluation_rows
 from megalm.train.objective import TrainingObjective
+from megalm.train.stages import forward_only
+from megalm.train.step import AT_ONCE
 
 _SHOWN = 10
 """Bad records that one error lists."""
@@ -121,18 +125,27 @@ def head_objective(name: str, head: Head, *, labelled: bool = True) -> TrainingO
 
 
 @torch.no_grad()
-def predict(model: LanguageModel, name: str, head: Head, records: Sequence[Record], *, micro_batch: int) -> list[Any]:
+def predict(
+    model: LanguageModel,
+    name: str,
+    head: Head,
+    records: Sequence[Record],
+    *,
+    micro_batch: int,
+    pipeline: Pipeline | None = None,
+) -> list[Any]:
     """The head's predictions for records, labelled or not, in their order, without dropout.
 
     Every rank gets all of them. Data-parallel ranks share the work, ``micro_batch`` rows at a time; neither changes a
-    prediction. DataError lists records that cannot be used.
+    prediction. ``pipeline``: the one that the model's stages were cut for; default: one stage. DataError lists records
+    that cannot be used.
     """
     parallel, objective = model.parallel, head_objective(name, head, labelled=False)
     part = cast("HeadObjective", objective.parts[name])
     corpus = as_corpus(records)
     part.check_corpus(corpus)
     mine: list[Any] = []
-    for rows in evaluation_rows(
+    waiting = evaluation_rows(
         objective,
         corpus,
         seed=0,
@@ -140,12 +153,19 @@ def predict(model: LanguageModel, name: str, head: Head, records: Sequence[Recor
         micro_batch=micro_batch,
         dp_index=parallel.dp.index,
         dp_size=parallel.dp.size,
-    ):
-        tensors = rows.tensors(parallel.device)
-        batch = make_microbatch(tensors, parallel)
-        found = part.predict(model(batch), objective.last_stage(tensors), model.context(batch))
-        if len(found) != len(rows.slots):
-            raise ObjectiveError(f"head {name}: predict() returns {len(found)} predictions for {len(rows.slots)} rows")
-        mine += [[slot, prediction] for slot, prediction in zip(rows.slots, found, strict=True)]
-    everyone = [pair for share in parallel.dp.gather_json(mine) for pair in share]
+    )
+    while some := list(islice(waiting, AT_ONCE * parallel.pp.size)):
+        tensors = [rows.tensors(parallel.device) for rows in some]
+
+        def add(number: int, hidden: torch.Tensor, batch: Microbatch, some: Any = some, tensors: Any = tensors) -> None:
+            slots = some[number].slots
+            found = part.predict(hidden, objective.last_stage(tensors[number]), model.context(batch))
+            if len(found) != len(slots):
+                raise ObjectiveError(f"head {name}: predict() returns {len(found)} predictions for {len(slots)} rows")
+            mine.extend([slot, prediction] for slot, prediction in zip(slots, found, strict=True))
+
+        forward_only(model, [make_microbatch(each, parallel) for each in tensors], add, pipeline)
+    # Only ranks with the pipeline's last stage have any.
+    shares = parallel.dp.gather_json(mine)
+    everyone = [pair for stage in parallel.pp.gather_json(shares) for share in stage for pair in share]
     return [prediction for _, prediction in sorted(everyone, key=lambda pair: int(pair[0]))]

@@ -263,6 +263,73 @@ class KeepsNothing(KeepsGlobalState):
         return {"next": Term(self.losses(hidden, batch, ctx).sum())}
 
 
+class Reweighs(Windows):
+    """Right, if unusual: every position's gradient has a factor of its own."""
+
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Term]:
+        losses = ctx.lm_loss(hidden, batch["labels"])
+        self.factor = factor = 1.0 + (batch["labels"].reshape(-1) % 3).to(losses.dtype)
+        if losses.requires_grad:
+            losses.register_hook(lambda gradient: gradient * self.remembered(factor))
+        return {"next": Term(losses.sum())}
+
+    def remembered(self, factor: Any) -> Any:
+        return factor
+
+
+class KeepsForBackward(Reweighs):
+    """Looks for a microbatch's factors where the latest forward left its own."""
+
+    def remembered(self, factor: Any) -> Any:
+        return self.factor
+
+
+class LogsOverAllRanks(Windows):
+    """Stages before the last have no loss, and never make this call."""
+
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Term]:
+        import torch.distributed as dist
+
+        total = self.losses(hidden, batch, ctx).sum()
+        if dist.is_initialized():
+            dist.all_reduce(total.detach().clone())
+        return {"next": Term(total)}
+
+
+class OwnModule(RowTermOfRows):
+    """Classifies rows by a module of its own, which is on the last stage."""
+
+    def needs(self) -> Needs:
+        tensors = {"tokens": TensorSpec(), "label": TensorSpec(("batch",), to="last")}
+        return Needs("causal", tensors, lm_head=False, modules={"parity": self.build}, coupling="example")
+
+    def build(self, hidden_size: int, ctx: Any) -> Any:
+        self.module = ctx.linear(hidden_size, 2)
+        return self.module
+
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Term]:
+        import torch.nn.functional as F
+
+        scores = ctx.widen(ctx.module("parity")(ctx.pick(hidden, self.env.sequence_length - 1)))
+        return {"next": Term(F.cross_entropy(scores, batch["label"], reduction="sum"), scope=self.scope)}
+
+
+class CountsWhereBuilt(OwnModule):
+    """Says one thing where build() has been called, which is on the last stage, and another elsewhere."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        count = super().counts(batch)["next"]
+        return {"next": count if hasattr(self, "module") else 2 * count}
+
+
+class ReadsBuilt(OwnModule):
+    """Reads in counts(), on every rank, a module that only the last stage has."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        assert self.module.weight.dim() == 2
+        return super().counts(batch)
+
+
 class CallsOnlyWhereScored(Windows):
     """Says nothing to the other ranks where its rows score nothing."""
 

@@ -6,6 +6,7 @@ made in the engine itself.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,10 +23,10 @@ from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.sim import run_simulated
 from megalm.parallel.sim.errors import DeadlockError, MismatchError
 from megalm.plugin.manager import PluginManager
-from megalm.testing.check import CheckFailed
+from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.layouts import RankLayout
 from megalm.testing.objective.checks import CHECKS
-from megalm.testing.objective.parity import assert_layout_parity
+from megalm.testing.objective.parity import assert_layout_parity, layouts_for
 from megalm.testing.objective.subject import ObjectiveSubject
 
 FakeDist = Callable[..., Path]
@@ -69,6 +70,12 @@ OBJECTIVES = [
     ("Declares", "DeclaresRightly", "rates", "the rate 'hidden' is declared as 0.15, but"),
     ("DetachedGather", "Pairs", "layouts", "the loss is right, these gradients are not"),
 ]
+ONLY_IN_PIPELINES = [
+    ("KeepsForBackward", "Reweighs", r"tp2\+sp pp2 dp1, schedule.*the loss is right, these gradients are not"),
+    ("LogsOverAllRanks", "Windows", r"all_reduce.*missing: rank.*under the layout tp2\+sp pp2 dp1, schedule"),
+    ("CountsWhereBuilt", "OwnModule", r"tp2\+sp pp2 dp1, schedule.*loss: differs"),
+    ("ReadsBuilt", "OwnModule", r"no attribute 'module'.*under the layout tp2\+sp pp2 dp1, schedule"),
+]
 
 
 @pytest.mark.parametrize(("broken", "repaired", "check", "message"), OBJECTIVES, ids=lambda x: str(x)[:24])
@@ -80,11 +87,27 @@ def test_objectives(
     RUN[check](subject(repaired))
 
 
+@pytest.mark.parametrize(("broken", "repaired", "message"), ONLY_IN_PIPELINES, ids=lambda x: str(x)[:24])
+def test_objectives_that_only_a_pipeline_breaks(
+    subject: Callable[[str], ObjectiveSubject], broken: str, repaired: str, message: str
+) -> None:
+    """Every other check passes, and layouts of one stage do."""
+    examined = subject(broken)
+    first = next(layout for layout in layouts_for(examined, full=False) if layout.pp > 1)
+    for name in ("terms", "rows", "steps", "counts", "sums", "microbatches", "padding", "scopes"):
+        with contextlib.suppress(NotApplicable):
+            RUN[name](examined)
+    assert_layout_parity(examined, [RankLayout(tp=2), RankLayout(dp=3, micro_batch=2)])
+    with pytest.raises((CheckFailed, DeadlockError, AttributeError), match=f"(?s){message}"):
+        assert_layout_parity(examined, [first])
+    assert_layout_parity(subject(repaired), [first])
+
+
 def test_what_is_repaired_is_right_in_every_respect(subject: Callable[[str], ObjectiveSubject]) -> None:
     """Else a mistake might have been caught by accident."""
     from megalm.testing.check import run_checks
 
-    for name in ("Windows", "Pairs", "ShiftsEarly", "RowTermOfRows", "RowMeans"):
+    for name in ("Windows", "Pairs", "ShiftsEarly", "RowTermOfRows", "RowMeans", "OwnModule"):
         results = list(run_checks(CHECKS, subject(name)))
         assert not [result for result in results if result.status == "failed"], name
 
@@ -145,9 +168,7 @@ class TestEngines:
         self.caught(joint, RankLayout(tp=2, sp=True, micro_batch=1), "loss: differs")
         assert_layout_parity(joint, [RankLayout(tp=2)])
 
-    def test_a_microbatch_normalised_by_itself(
-        self, joint: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_microbatch_normalised_by_itself(self, joint: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch) -> None:
         import megalm.train.step as step
 
         def own(objective: Any, microbatches: list[Any], parallel: ParallelContext) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalm.errors import ObjectiveError
+from megalm.parallel.comm import Group
 from megalm.plugin.component import Component, PluginInfo
 from megalm.plugin.contract.head import Head
 from megalm.plugin.contract.modules import BuildContext
@@ -25,7 +26,7 @@ from megalm.testing.check import Check, CheckFailed, run_checks
 from megalm.testing.head.checks import CHECKS
 from megalm.testing.head.subject import HeadSubject, of_a_head
 from megalm.testing.layouts import RankLayout
-from megalm.testing.objective.parity import assert_layout_parity
+from megalm.testing.objective.parity import assert_layout_parity, layouts_for
 
 
 class TestSequenceClassification(HeadSuite):
@@ -375,3 +376,38 @@ def test_made_up_records_serve_every_kind_of_field() -> None:
     records = make_records(fields, CLASSES, 100, seed=4)
     assert records == make_records(fields, CLASSES, 100, seed=4) != make_records(fields, CLASSES, 100, seed=5)
     assert [text for record in records for text in record_problems(record, fields, CLASSES)] == []
+
+
+class CountsWhereBuilt(Letters):
+    """Says one thing where build() has been called, which is on the pipeline's last stage, and another elsewhere."""
+
+    def build(self, hidden_size: int, ctx: BuildContext) -> nn.Module:
+        self.built = True
+        return super().build(hidden_size, ctx)
+
+    def counts(self, batch: Mapping[str, np.ndarray]) -> dict[str, int]:
+        count = super().counts(batch)["letters"]
+        return {"letters": count if hasattr(self, "built") else 2 * count}
+
+
+def pipelined(subject: HeadSubject) -> RankLayout:
+    return next(layout for layout in layouts_for(subject, full=False) if layout.pp > 1)
+
+
+@pytest.mark.parametrize("subject", [CountsWhereBuilt], ids=broken, indirect=True)
+def test_a_head_that_only_a_pipeline_breaks(subject: HeadSubject) -> None:
+    assert_layout_parity(subject, [RankLayout(tp=2)])
+    layout = pipelined(subject)
+    with pytest.raises(CheckFailed, match=rf"(?s){re.escape(str(layout))}:\s+loss: differs"):
+        assert_layout_parity(subject, [layout])
+
+
+@pytest.mark.parametrize("subject", [Letters], ids=broken, indirect=True)
+def test_predictions_that_stay_on_the_last_stage(subject: HeadSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of the engine: ranks of other stages get nothing."""
+    correct = Group.gather_json
+    monkeypatch.setattr(
+        Group, "gather_json", lambda self, value: [value] if self.axis == "pp" else correct(self, value)
+    )
+    with pytest.raises(CheckFailed, match=rf"predictions under {re.escape(pipelined(subject).axes)}, rank 0 are other"):
+        check("predictions").run(subject)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,19 +14,23 @@ from megalm.checkpoint.folders import complete_checkpoints, open_whole
 from megalm.checkpoint.load import load_state
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.state import training_state
-from megalm.model.language_model import LanguageModel
+from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.microbatch import make_microbatch
 from megalm.optim.weights import Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.sim import run_simulated
+from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.records import Record
 from megalm.testing.check import CheckFailed
 from megalm.testing.head.module import serial_model
 from megalm.testing.head.subject import HeadSubject
 from megalm.testing.layouts import RankLayout
+from megalm.testing.objective.parity import layouts_for, told_of
 from megalm.testing.parity import make_model
 from megalm.train.feed import Rows
 from megalm.train.head import HeadObjective, predict
+from megalm.train.objective import TrainingObjective
+from megalm.train.prepare import Prepared
 from megalm.train.step import forward_backward
 
 RTOL = 1e-9
@@ -33,6 +38,7 @@ COUNT = 17
 """Records: a number that nothing divides."""
 QUICK = (RankLayout(tp=2), RankLayout(tp=2, sp=True), RankLayout(dp=3), RankLayout(tp=2, dp=2, sp=True))
 MORE = (RankLayout(tp=3), RankLayout(tp=4, sp=True), RankLayout(tp=2, dp=5), RankLayout(tp=4, dp=4), RankLayout(dp=16))
+LOADED = (RankLayout(), RankLayout(tp=3), RankLayout(tp=2, sp=True))
 
 
 def difference(found: Any, expected: Any) -> str | None:
@@ -64,8 +70,13 @@ def predictions_of(subject: HeadSubject, model: LanguageModel, rows: Rows) -> li
     """The head's predictions for a batch as it is."""
     tensors = rows.tensors(model.parallel.device)
     batch = make_microbatch(tensors, model.parallel)
-    part = cast("HeadObjective", subject.objective.parts[subject.name])
-    return part.predict(model(batch), subject.objective.last_stage(tensors), model.context(batch))
+    return _part(subject.objective, subject.name).predict(
+        model(batch), subject.objective.last_stage(tensors), model.context(batch)
+    )
+
+
+def _part(objective: TrainingObjective, name: str) -> HeadObjective:
+    return cast("HeadObjective", objective.parts[name])
 
 
 def predictions_agree(subject: HeadSubject) -> str:
@@ -81,17 +92,28 @@ def predictions_agree(subject: HeadSubject) -> str:
     _compare(subject, "of records without labels", _predict(subject, model, bare, COUNT), expected)
     _compare(subject, "of records with other labels", _predict(subject, model, _relabelled(subject), COUNT), expected)
     layouts = [layout for layout in (*QUICK, *(MORE if subject.full else ())) if _fits(subject, layout)]
-    prepared = subject.prepared()
-
-    def rank(parallel: ParallelContext) -> list[Any]:
-        model = make_model(prepared, parallel, seed=subject.seed)
-        return predict(model, subject.name, subject.head, records, micro_batch=3)
-
+    layouts += [layout for layout in layouts_for(subject, subject.full) if layout.pp > 1]
     for layout in layouts:
-        told = run_simulated(rank, tp=layout.tp, dp=layout.dp, sp=layout.sp, device=subject.device)
+        prepared, pipeline = subject.prepared_for(layout)
+        own = [subject.in_another_process(prepared) for _ in range(layout.ranks)]
+
+        def rank(parallel: ParallelContext, own: list[Prepared] = own, pipeline: Any = pipeline) -> list[Any]:
+            mine = own[parallel.rank]
+            model = make_model(mine, parallel, pipeline, seed=subject.seed)
+            head = _part(mine.objective, subject.name).head
+            return predict(model, subject.name, head, records, micro_batch=3, pipeline=pipeline)
+
+        with told_of(layout):
+            told = run_simulated(rank, **layout.world, device=subject.device)
+        depth = prepared.spec.cfg.layers
+        whole = subject.once(("predictions", depth), partial(_of_one_rank, subject, prepared, records))
         for number, found in enumerate(told):
-            _compare(subject, f"under {layout.axes}, rank {number}", found, expected)
+            _compare(subject, f"under {layout.axes}, rank {number}", found, whole)
     return f"{len(records)} records; batches, orders, labels and {len(layouts)} layouts"
+
+
+def _of_one_rank(subject: HeadSubject, prepared: Prepared, records: list[Any]) -> list[Any]:
+    return _predict(subject, serial_model(subject, prepared), records, COUNT)
 
 
 def weights_travel(subject: HeadSubject) -> str:
@@ -112,18 +134,28 @@ def weights_travel(subject: HeadSubject) -> str:
         return predict(model, subject.name, subject.head, records, micro_batch=3)
 
     expected, *_ = run_simulated(save, tp=2, dp=2, device=subject.device)
+    whole = logical_shapes(prepared.spec)
+    layouts = [layout for layout in LOADED if _fits(subject, layout)]
+    # One that the model's layers are enough for: weights of other layers were not saved.
+    layouts += [each for each in layouts_for(subject, False) if each.pp > 1 and _has_layers(subject, each)][:1]
+    for layout in layouts:
+        _, pipeline = subject.prepared_for(layout)
 
-    def load(parallel: ParallelContext) -> list[Any]:
-        model = make_model(prepared, parallel, seed=subject.seed + 1)
-        (saved,) = complete_checkpoints(folder)
-        load_state(saved, open_whole(saved), training_state(Weights(model, parallel, torch.float64), None))
-        return predict(model, subject.name, subject.head, records, micro_batch=3)
+        def load(parallel: ParallelContext, pipeline: Pipeline | None = pipeline) -> list[Any]:
+            model = make_model(prepared, parallel, pipeline, seed=subject.seed + 1)
+            (saved,) = complete_checkpoints(folder)
+            state = training_state(Weights(model, parallel, torch.float64), None, whole)
+            load_state(saved, open_whole(saved), state)
+            return predict(model, subject.name, subject.head, records, micro_batch=3, pipeline=pipeline)
 
-    for layout in (RankLayout(), RankLayout(tp=3), RankLayout(tp=2, sp=True)):
-        if _fits(subject, layout):
-            found, *_ = run_simulated(load, tp=layout.tp, dp=layout.dp, sp=layout.sp, device=subject.device)
-            _compare(subject, f"of weights saved under tp2 dp2 and loaded under {layout.axes}", found, expected)
-    return "saved under tp2 dp2, loaded under tp1, tp3 and tp2+sp"
+        found, *_ = run_simulated(load, **layout.world, device=subject.device)
+        _compare(subject, f"of weights saved under tp2 dp2 and loaded under {layout.axes}", found, expected)
+    return f"saved under tp2 dp2, loaded under {', '.join(layout.axes for layout in layouts)}"
+
+
+def _has_layers(subject: HeadSubject, layout: RankLayout) -> bool:
+    prepared, _ = subject.prepared_for(layout)
+    return prepared.spec.cfg.layers == subject.prepared().spec.cfg.layers
 
 
 def _fits(subject: HeadSubject, layout: RankLayout) -> bool:

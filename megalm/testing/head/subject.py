@@ -26,6 +26,7 @@ from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.testing.runs import make_run
 from megalm.train.feed import Rows
 from megalm.train.head import HeadObjective, as_corpus, head_objective
+from megalm.train.objective import TrainingObjective
 from megalm.train.prepare import Prepared
 
 BASES: dict[Attention, str] = {"bidirectional": "mlm", "causal": "causal_lm"}
@@ -146,7 +147,7 @@ class HeadSubject(ObjectiveSubject):
             overrides=overrides,
             manager=self.manager,
         )
-        objective = head_objective(self.name, self.make())
+        objective = self._objective(lent)
         corpus: Any = as_corpus(self.records)
         objective.check_corpus(corpus)
         return dataclasses.replace(
@@ -156,6 +157,9 @@ class HeadSubject(ObjectiveSubject):
             train=corpus,
             validation=corpus,
         )
+
+    def _objective(self, prepared: Prepared) -> TrainingObjective:
+        return head_objective(self.name, self.make())
 
 
 def of_a_head(check: Callable[[Any], str]) -> Callable[[HeadSubject], str]:

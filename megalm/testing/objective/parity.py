@@ -7,7 +7,8 @@ on who ran first is a race.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from megalm.testing.layouts import RankLayout, full_layouts, quick_layouts
 from megalm.testing.objective.batches import without_labels
 from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.testing.parity import differences, gradients_of, loss_and_gradients, loss_first
+from megalm.testing.pipelines import full_pipelines, loaded_schedules, quick_pipelines
 from megalm.train.feed import Rows
 from megalm.train.prepare import Prepared
 
@@ -40,7 +42,7 @@ def assert_layout_parity(
 
     Args:
         objective: the name of an installed one, or a subject with its settings.
-        layouts: default: those of :func:`megalm.testing.layouts.quick_layouts`.
+        layouts: default: the quick ones, with a pipeline and without.
         dtype: of weights and gradients; float64 tells mistakes from rounding, float32 only large ones.
         schedules: seeds of the random schedules of simulated ranks, which must give equal bits.
 
@@ -50,7 +52,7 @@ def assert_layout_parity(
     if isinstance(objective, str):
         with ObjectiveSubject(objective) as subject:
             return assert_layout_parity(subject, layouts, dtype, schedules=schedules)
-    chosen = list(quick_layouts(objective.seed, objective.sequence_length) if layouts is None else layouts)
+    chosen = layouts_for(objective, full=False) if layouts is None else list(layouts)
     wrong: list[str] = []
     for number, layout in enumerate(chosen, start=1):
         problems = compare_layout(objective, layout, dtype, schedules)
@@ -62,28 +64,49 @@ def assert_layout_parity(
     return len(chosen)
 
 
+def layouts_for(subject: ObjectiveSubject, full: bool) -> list[RankLayout]:
+    """What the seed gives, with pipelines of all schedules that are loaded."""
+    seed, length = subject.seed, subject.sequence_length
+    schedules = loaded_schedules(subject.manager)
+    if full:
+        return [*full_layouts(seed, length), *full_pipelines(seed, length, schedules)]
+    return [*quick_layouts(seed, length), *quick_pipelines(seed, length, schedules)]
+
+
+@contextmanager
+def told_of(layout: RankLayout) -> Iterator[None]:
+    """What is raised meanwhile gets a note that names the layout."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"under the layout {layout}")
+        raise
+
+
 def compare_layout(
     subject: ObjectiveSubject, layout: RankLayout, dtype: torch.dtype = torch.float64, schedules: Sequence[int] = (1, 2)
 ) -> list[str]:
-    """What differs from one rank, a line each; best empty."""
-    prepared = subject.prepared(
-        global_batch=layout.global_batch, cell=layout.cell, dtype=str(dtype).removeprefix("torch.")
-    )
+    """What differs from one rank, a line each; best empty.
 
-    def rank(parallel: ParallelContext) -> Gradients:
-        return loss_and_gradients(prepared, parallel, micro_batch=layout.micro_batch)
+    Every rank has an objective of its own, as processes have: what one rank keeps, another does not see.
+    """
+    with told_of(layout):
+        return _compare_layout(subject, layout, dtype, schedules)
 
+
+def _compare_layout(
+    subject: ObjectiveSubject, layout: RankLayout, dtype: torch.dtype, schedules: Sequence[int]
+) -> list[str]:
+    prepared, pipeline = subject.prepared_for(layout, str(dtype).removeprefix("torch."))
     first: list[Gradients] | None = None
     for seed in schedules:
-        found = run_simulated(
-            rank,
-            tp=layout.tp,
-            dp=layout.dp,
-            sp=layout.sp,
-            device=subject.device,
-            schedule="random",
-            seed=subject.seed + seed,
-        )
+        own = [subject.in_another_process(prepared) for _ in range(layout.ranks)]
+
+        def rank(parallel: ParallelContext, own: list[Prepared] = own) -> Gradients:
+            mine = own[parallel.rank]
+            return loss_and_gradients(mine, parallel, micro_batch=layout.micro_batch, pipeline=pipeline)
+
+        found = run_simulated(rank, **layout.world, device=subject.device, schedule="random", seed=subject.seed + seed)
         if first is None:
             first = found
         elif name := _unequal(first, found):
@@ -108,11 +131,12 @@ def _unequal(a: list[Gradients], b: list[Gradients]) -> str | None:
 
 def layouts_agree(subject: ObjectiveSubject) -> str:
     """Loss and every gradient equal one rank's under every layout, whatever the order in which ranks run."""
-    make = full_layouts if subject.full else quick_layouts
-    layouts = make(subject.seed, subject.sequence_length)
+    layouts = layouts_for(subject, subject.full)
     count = assert_layout_parity(subject, layouts)
     ranks = max(layout.ranks for layout in layouts)
-    return f"{count} layouts of up to {ranks} ranks, two schedules each, float64, rtol {RTOL[torch.float64]:g}"
+    pipelines = sum(layout.pp > 1 for layout in layouts)
+    told = f"{pipelines} of them with a pipeline" if pipelines else "none with a pipeline, for want of a schedule"
+    return f"{count} layouts of up to {ranks} ranks, {told}, two schedules each, float64, rtol {RTOL[torch.float64]:g}"
 
 
 def ranks_say_the_same(subject: ObjectiveSubject) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
+from megalm.model.spec import resolve_model
+from megalm.pipeline.choose import choose
+from megalm.pipeline.plan import Pipeline, make_pipeline
 from megalm.plugin.contract.objective import Needs, ObjectiveEnv
 from megalm.plugin.manager import PluginManager
-from megalm.testing.layouts import ROWS
+from megalm.testing.layouts import ROWS, RankLayout
 from megalm.testing.runs import load_run, make_run, make_store
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective, build_objective
@@ -122,22 +127,58 @@ class ObjectiveSubject:
         cell: int | None = None,
         dtype: str = "float64",
         folder: Path | None = None,
+        layers: int | None = None,
     ) -> Prepared:
         """A run of one rank with one microbatch a cell (or a step), with dropout unless overridden; made once.
 
-        ``cell``: of a coupled objective; default: the whole step.
+        ``cell``: of a coupled objective; default: the whole step. ``layers``: whatever settings say.
         """
         cell = cell or global_batch
-        key = (*overrides, global_batch, cell, dtype, folder)
+        key = (*overrides, global_batch, cell, dtype, folder, layers)
         if key not in self._prepared:
             rows = [f"train.global_batch={global_batch}", f"train.micro_batch={cell if self.coupled else global_batch}"]
             if self.coupled:
                 rows += [f"train.cell={cell}", f"eval.samples={cell}"]
-            self._prepared[key] = self._run(
-                folder or Path(tempfile.mkdtemp(dir=self.folder)),
-                self._overrides(f'train.precision="{dtype}"', *rows, *overrides),
-            )
+            chosen = self._overrides(f'train.precision="{dtype}"', *rows, *overrides)
+            chosen += [] if layers is None else [f"model.layers={layers}"]
+            self._prepared[key] = self._run(folder or Path(tempfile.mkdtemp(dir=self.folder)), chosen)
         return self._prepared[key]
+
+    def prepared_for(self, layout: RankLayout, dtype: str = "float64") -> tuple[Prepared, Pipeline | None]:
+        """A run of one rank with the layout's rows, and the layout's pipeline if it has one, for which the model is
+        made deeper where it has fewer layers than the pipeline has stages.
+
+        ScheduleError where the schedule does not admit the layout.
+        """
+        make = partial(self.prepared, global_batch=layout.global_batch, cell=layout.cell, dtype=dtype)
+        prepared = make()
+        if layout.schedule is None:
+            return prepared, None
+        shape = choose(layout.schedule, self.manager).shape(layout.pp, layout.microbatches, layout.virtual)
+        own = prepared.spec.cfg.layers
+        layers = sum(layout.split) if layout.split else max(own, shape.stages)
+        if layers != own:
+            prepared = make(layers=layers)
+        pipeline = make_pipeline(
+            prepared.spec,
+            self.manager,
+            schedule=layout.schedule,
+            ranks=layout.pp,
+            microbatches=layout.microbatches,
+            virtual=layout.virtual,
+            split=layout.split,
+        )
+        return prepared, pipeline
+
+    def in_another_process(self, prepared: Prepared) -> Prepared:
+        """The run with an objective of its own, as another process would have made it."""
+        objective = self._objective(prepared)
+        spec = resolve_model(prepared.resolved.config, objective.needs, prepared.tokenizer.vocab_size)
+        return replace(prepared, objective=objective, spec=spec)
+
+    def _objective(self, prepared: Prepared) -> TrainingObjective:
+        env = ObjectiveEnv(prepared.tokenizer, self.sequence_length)
+        return build_objective(prepared.resolved, self.manager, env)
 
     def _run(self, folder: Path, overrides: list[str]) -> Prepared:
         """A run in ``folder`` of what is examined."""
