@@ -18,9 +18,11 @@ LARGEST = 100_000
 
 
 def schedule(
+    context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", show_default=False, help="A schedule (1f1b, plugin:1f1b), or csv:FILE.")
-    ],
+        str | None,
+        typer.Argument(metavar="NAME", show_default=False, help="A schedule (1f1b, plugin:1f1b), or csv:FILE."),
+    ] = None,
     stages: Annotated[
         int | None, typer.Option("--stages", metavar="P", min=1, max=4096, help="Pipeline ranks.", show_default=False)
     ] = None,
@@ -35,6 +37,10 @@ def schedule(
     cost: Annotated[
         str, typer.Option("--cost", metavar="F,B,W,comm", help="Costs of one stage. BW costs B + W.")
     ] = "1,1,1,0",
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="In the place of NAME: a step that the run in DIR has measured."),
+    ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the timeline as SVG.")] = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the actions as a table, for csv:FILE.")
@@ -44,13 +50,22 @@ def schedule(
     ] = False,
     only: Plugins = None,
 ) -> None:
-    """Verify a pipeline schedule, and show its timeline, its bubble and what each rank holds."""
-    from megalm.errors import ScheduleError
+    """Verify a pipeline schedule, and show its timeline, its bubble and what each rank holds.
+
+    With --run DIR, show how a step of a real run went, below the same step as it was planned.
+    """
+    if run is not None:
+        _alone(context)
+        _show_run(run, svg, json)
+        return
+    from megalm.errors import ScheduleError, UsageError
     from megalm.pipeline.choose import choose
     from megalm.pipeline.report import Report, document
     from megalm.plugin.contract.pipeline_csv import order_to_csv
     from megalm.plugin.manager import PluginManager
 
+    if name is None:
+        raise UsageError("megalm schedule needs NAME, or --run DIR")
     costs = _costs(cost)
     chosen = choose(name, PluginManager.for_launch(names(only)))
     shape = chosen.shape(stages, microbatches, virtual)
@@ -69,6 +84,36 @@ def schedule(
     from megalm.cli.show_schedule import show
 
     show(report)
+
+
+def _alone(context: typer.Context) -> None:
+    """UsageError where something is given beside --run that a run has settled."""
+    from megalm.errors import UsageError
+
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in ("run", "svg", "json") and source is not None and source.name != "DEFAULT":
+            raise UsageError(f"{parameter.opts[0] if name != 'name' else 'NAME'} and --run exclude each other")
+
+
+def _show_run(folder: Path, svg: Path | None, json: bool) -> None:
+    from megalm.errors import DataError
+    from megalm.pipeline.recorded import NAME, Recorded
+
+    recorded = Recorded.read(folder)
+    if recorded is None:
+        raise DataError(
+            f"{folder / NAME}: there is none; a run with parallel.pp above 1 writes it after its third step"
+        )
+    if svg is not None:
+        _write(svg, "--svg", recorded.svg())
+    if json:
+        typer.echo(jsonlib.dumps(recorded.document(), indent=2, ensure_ascii=False))
+        return
+    from megalm.cli.show_schedule import show_recorded
+
+    show_recorded(recorded)
 
 
 def _costs(text: str) -> Costs:

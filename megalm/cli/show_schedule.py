@@ -6,9 +6,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megalm.pipeline.recorded import Recorded
 from megalm.pipeline.report import MEASURES, Report
+from megalm.pipeline.simulate import Timeline
 from megalm.pipeline.text import draw, too_long
-from megalm.plugin.contract.pipeline import BubbleFormula
+from megalm.plugin.contract.pipeline import BubbleFormula, PipelineOrder
 
 MOST_RANKS = 64
 """More are neither drawn nor listed one by one."""
@@ -19,21 +21,12 @@ inbox: messages that have come and are not used yet, at most"""
 
 def show(report: Report) -> None:
     """Timeline, figures, and a table of ranks."""
-    console = Console(highlight=False)
-    piped = not console.is_terminal  # a pipe or a file has no width to fold lines to
-    width = None if piped else console.width
-    if piped:
-        console = Console(width=100_000, highlight=False)
+    console, width = _console()
     console.print(Text(f"{report.name}: {report.shape}", style="bold"))
     if report.reference:
         console.print(Text(report.reference, style="dim"))
     console.print()
-    if len(report.order.ranks) > MOST_RANKS or too_long(report.timeline, report.order.placement):
-        console.print("Too long to draw in characters; --svg FILE draws it.")
-    else:
-        for line in draw(report.timeline, report.order.placement, width):
-            console.print(line, no_wrap=True, overflow="ignore", crop=False)
-        console.print(Text(_legend(report), style="dim"))
+    _draw(console, width, report.timeline, report.order)
     console.print()
     console.print(_figures(report))
     console.print()
@@ -41,8 +34,38 @@ def show(report: Report) -> None:
     console.print(Text(_RANKS_NOTE, style="dim"))
 
 
-def _legend(report: Report) -> str:
-    several = report.order.stages_per_rank > 1
+def show_recorded(recorded: Recorded) -> None:
+    """A step of a run: planned above measured, each with its figures."""
+    console, width = _console()
+    console.print(Text(recorded.title, style="bold"))
+    panels, unit = recorded.in_unit()
+    for panel in panels:
+        console.print()
+        console.print(Text.assemble((panel.name, "bold"), f" ({unit.strip()}): {panel.note}"))
+        _draw(console, width, panel.timeline, recorded.order)
+    console.print()
+    console.print(Text(recorded.caption, style="dim"))
+
+
+def _console() -> tuple[Console, int | None]:
+    """Where to print, and the width to fold drawings to; a pipe or a file has none."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        return console, console.width
+    return Console(width=100_000, highlight=False), None
+
+
+def _draw(console: Console, width: int | None, timeline: Timeline, order: PipelineOrder) -> None:
+    if len(order.ranks) > MOST_RANKS or too_long(timeline, order.placement):
+        console.print("Too long to draw in characters; --svg FILE draws it.")
+        return
+    for line in draw(timeline, order.placement, width):
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    console.print(Text(_legend(order), style="dim"))
+
+
+def _legend(order: PipelineOrder) -> str:
+    several = order.stages_per_rank > 1
     return "F forward, B gradient of input, W of weights, BW both; then the microbatch" + (
         "; a, b, ... the rank's first, second, ... stage" if several else ""
     )

@@ -2,7 +2,8 @@
 
 It can be mailed, archived with the checkpoint or opened from a cluster's disk: style, script and data are inside, and
 a content policy in the page forbids every request. It is built from what the run folder holds (metrics.jsonl,
-summary.json, config.json, sample.txt), so it can be made again at any time, also for a run that has not ended.
+summary.json, config.json, sample.txt), so it can be made again at any time, also for a run that has not ended. What
+takes more to draw than that, a layer above hands over as drawings.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import resources
@@ -74,6 +75,20 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A card with a picture that was drawn elsewhere."""
+
+    id: str
+    title: str
+    about: str
+    """What it is of, beside the title."""
+    svg: str
+    """An ``<svg>`` element that needs nothing else, in the page's colours ``--page``, ``--ink`` and ``--soft``. It goes
+    into the page as it is: whoever drew it has escaped what it names."""
+    caption: str
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder says of itself. Parts that are missing are empty."""
 
@@ -110,23 +125,17 @@ class Run:
         return [{"step": record["step"], **record["eval"]} for record in self.records if "eval" in record]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, drawings: Sequence[Drawing] = ()) -> Path:
     """Build ``report.html`` in the run folder, atomically, and return its path.
 
     Raises DataError where a file of the run is damaged; files that are missing leave their part out.
     """
     path = run_dir / NAME
-    files.write_text(path, render(Run.read(run_dir)))
+    files.write_text(path, render(Run.read(run_dir), drawings))
     return path
 
 
-def ensure_report(run_dir: Path) -> None:
-    """Build the report where there is none: a run may have been killed right before it."""
-    if not (run_dir / NAME).exists():
-        write_report(run_dir)
-
-
-def render(run: Run) -> str:
+def render(run: Run, drawings: Sequence[Drawing] = ()) -> str:
     """The page as text."""
     charts = make_charts(run)
     body = [
@@ -134,6 +143,7 @@ def render(run: Run) -> str:
         _tiles(run),
         _warnings(run, charts),
         '<div class="charts">' + "".join(_chart_card(chart) for chart in charts) + "</div>",
+        *map(_drawing_card, drawings),
         f'<div class="facts">{_sample(run)}',
         f'<div class="stack">{_layout(run)}{_plugins(run)}</div>{_provenance(run)}</div>',
         _config(run),
@@ -292,6 +302,14 @@ def _chart_card(chart: Chart) -> str:
     )
 
 
+def _drawing_card(drawing: Drawing) -> str:
+    return (
+        f'<section class="card drawing" id="{escape(drawing.id)}"><h2>{escape(drawing.title)}'
+        f"<small>{escape(drawing.about)}</small></h2>"
+        f'<div class="scroll">{drawing.svg}</div><p>{escape(drawing.caption)}</p></section>'
+    )
+
+
 def _axes(run: Run) -> dict[str, Any]:
     """The layout that ran, else the one that was asked for."""
     return dict(run.summary.get("layout") or run.config.get("parallel") or {})
@@ -307,10 +325,11 @@ def _layout(run: Run) -> str:
     axes = _axes(run)
     if not axes:
         return ""
-    tp, dp = axes.get("tp") or 1, axes.get("dp") or 1
+    tp, dp, pp = (axes.get(name) or 1 for name in ("tp", "dp", "pp"))
     drawing = ""
-    if tp * dp <= MAX_RANKS_DRAWN:
-        ranks = (f"<span>dp {d} · tp {t}</span>" for d in range(dp) for t in range(tp))
+    if tp * dp * pp <= MAX_RANKS_DRAWN:
+        places = ((f"pp {p} · " if pp > 1 else "", d, t) for p in range(pp) for d in range(dp) for t in range(tp))
+        ranks = (f"<span>{p}dp {d} · tp {t}</span>" for p, d, t in places)
         drawing = f'<div class="ranks" style="grid-template-columns:repeat({tp},auto)">{"".join(ranks)}</div>'
     return f'<section class="card"><h2>Layout</h2>{drawing}{_table(axes)}</section>'
 

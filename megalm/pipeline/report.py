@@ -53,14 +53,23 @@ class Report:
         costs = self.costs
         note = (
             f"simulated with F={costs.forward:g}, B={costs.backward:g}, W={costs.weight:g}, comm={costs.comm:g}: "
-            f"makespan {self.timeline.makespan:g}, idle/makespan {self.timeline.idle_fraction:.1%}, "
-            f"span bubble {self.timeline.span_bubble:.1%}"
+            f"makespan {self.timeline.makespan:g}, {bubbles(self.timeline)}"
         )
         return Panel("planned", self.timeline, note)
 
     def svg(self) -> str:
         """The timeline as an SVG file."""
         return render_svg(f"{self.name}: {self.shape}", [self.panel()], self.order.placement)
+
+
+def bubbles(timeline: Timeline) -> str:
+    """Both measures of the bubble, by their names."""
+    return f"{MEASURES['idle']} {timeline.idle_fraction:.1%}, {MEASURES['span']} {timeline.span_bubble:.1%}"
+
+
+def bubble_figures(timeline: Timeline) -> dict[str, float]:
+    """The same for a program."""
+    return {"idle_over_makespan": timeline.idle_fraction, "span_minus_work_over_span": timeline.span_bubble}
 
 
 def document(report: Report) -> dict[str, Any]:
@@ -76,7 +85,7 @@ def document(report: Report) -> dict[str, Any]:
         "placement": list(order.placement),
         "makespan": timeline.makespan,
         "lower_bound": report.bound,
-        "bubble": {"idle_over_makespan": timeline.idle_fraction, "span_minus_work_over_span": timeline.span_bubble},
+        "bubble": bubble_figures(timeline),
         "formula": None if formula is None else {**asdict(formula), "simulated": report.measured(formula)},
         "ranks": [
             {

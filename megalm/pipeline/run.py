@@ -7,6 +7,7 @@ handed over in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,13 +57,34 @@ class _Arrival:
         return self.tensor
 
 
-def run_order(lowered: LoweredOrder, stages: Stages, group: comm.Group, device: torch.device) -> None:
-    """Take this rank's steps. ``group``: the pipeline's ranks, of which this one is ``group.index``."""
-    _Run(lowered, stages, group, device).all()
+def unmarked() -> None:
+    """Nobody wants to know when actions begin and end."""
+
+
+def run_order(
+    lowered: LoweredOrder,
+    stages: Stages,
+    group: comm.Group,
+    device: torch.device,
+    mark: Callable[[], None] = unmarked,
+) -> None:
+    """Take this rank's steps. ``group``: the pipeline's ranks, of which this one is ``group.index``.
+
+    ``mark`` is called twice for each action: when its inputs are there, and when it is done.
+    """
+    _Run(lowered, stages, group, device, mark).all()
 
 
 class _Run:
-    def __init__(self, lowered: LoweredOrder, stages: Stages, group: comm.Group, device: torch.device) -> None:
+    def __init__(
+        self,
+        lowered: LoweredOrder,
+        stages: Stages,
+        group: comm.Group,
+        device: torch.device,
+        mark: Callable[[], None],
+    ) -> None:
+        self.mark = mark
         self.order = lowered.order
         self.steps = lowered.steps[group.index]
         self.stages, self.group, self.device = stages, group, device
@@ -108,18 +130,24 @@ class _Run:
     def act(self, action: Action) -> None:
         kind, stage, microbatch = action
         if kind is ActionKind.W:
+            self.mark()
             with phase("weight gradients"):
                 self.stages.weights(stage, microbatch)
+            self.mark()
         elif kind is ActionKind.F:
             x = None if stage == 0 else self.take(Message("activation", stage - 1, stage, microbatch))
+            self.mark()
             out = self.stages.forward(stage, microbatch, x, split=(stage, microbatch) in self.split)
+            self.mark()
             if out is not None:
                 self.leave(Message("activation", stage, stage + 1, microbatch), out)
         else:
             last = stage == self.order.stages - 1
             grad = None if last else self.take(Message("gradient", stage + 1, stage, microbatch))
+            self.mark()
             with phase("backward"):
                 out = self.stages.backward(stage, microbatch, grad)
+            self.mark()
             if out is not None:
                 self.leave(Message("gradient", stage, stage - 1, microbatch), out)
 

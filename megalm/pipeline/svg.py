@@ -14,27 +14,32 @@ from html import escape
 from megalm.pipeline.simulate import Record, Timeline
 from megalm.plugin.contract.pipeline import ActionKind
 
-LANE, GAP, LEFT, TOP = 24, 4, 64, 58
-NARROWEST, WIDEST = 760, 16_000
-"""Pixels of the time axis."""
+LANE, GAP, LEFT, HEAD, LEGEND = 24, 4, 64, 24, 34
+NARROWEST, EMBEDDED, WIDEST = 760, 1076, 16_000
+"""Pixels of the time axis: at least, at least inside a page, and at most."""
 KINDS = {
     ActionKind.F: "forward",
     ActionKind.B: "gradient of input",
     ActionKind.W: "gradient of weights",
     ActionKind.BW: "backward",
 }
+_PAGE = """
+.timeline { color-scheme: light dark; --page: #ffffff; --ink: #16191f; --soft: #5c6470; }
+@media (prefers-color-scheme: dark) { .timeline { --page: #0e1116; --ink: #e8ebf0; --soft: #a0a9b6; } }
+"""
+"""Colours that a page around the drawing has as well."""
+# Every rule is for this drawing alone: a style inside an inline drawing is one of the whole page.
 _STYLE = """
-svg { color-scheme: light dark; font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif;
-  --page: #ffffff; --ink: #16191f; --soft: #5c6470; --lane: #eef0f4; --grid: #d5d9e0; --on: #ffffff;
-  --F0: #2563eb; --F1: #1e3a8a; --B0: #0f7a55; --B1: #064e3b; --W0: #b45309; --W1: #78350f; --BW0: #7e3fb5;
-  --BW1: #4c1d80; }
-@media (prefers-color-scheme: dark) { svg { --page: #0e1116; --ink: #e8ebf0; --soft: #a0a9b6; --lane: #252d38;
-  --grid: #313a46; --on: #0e1116; --F0: #8ab8ff; --F1: #5490f5; --B0: #6fd6a5; --B1: #35a877; --W0: #f5c271;
-  --W1: #d3953a; --BW0: #cfa5ff; --BW1: #a56ae8; } }
-.page { fill: var(--page); } .lane { fill: var(--lane); } text { fill: var(--ink); }
-.soft { fill: var(--soft); } .grid { stroke: var(--grid); } .head { font-size: 15px; font-weight: 600; }
-.name { font-weight: 600; } g.a text { fill: var(--on); text-anchor: middle; font-size: 11px; }
-g.a rect { stroke: var(--page); } g.a:hover rect { stroke: var(--ink); stroke-width: 2; }
+.timeline { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; --lane: #eef0f4;
+  --line: #d5d9e0; --on: #ffffff; --F0: #2563eb; --F1: #1e3a8a; --B0: #0f7a55; --B1: #064e3b; --W0: #b45309;
+  --W1: #78350f; --BW0: #7e3fb5; --BW1: #4c1d80; }
+@media (prefers-color-scheme: dark) { .timeline { --lane: #252d38; --line: #313a46; --on: #0e1116; --F0: #8ab8ff;
+  --F1: #5490f5; --B0: #6fd6a5; --B1: #35a877; --W0: #f5c271; --W1: #d3953a; --BW0: #cfa5ff; --BW1: #a56ae8; } }
+.timeline .page { fill: var(--page); } .timeline .lane { fill: var(--lane); } .timeline text { fill: var(--ink); }
+.timeline .soft { fill: var(--soft); } .timeline .line { stroke: var(--line); }
+.timeline .head { font-size: 15px; font-weight: 600; } .timeline .name { font-weight: 600; }
+.timeline g.a text { fill: var(--on); text-anchor: middle; font-size: 11px; }
+.timeline g.a rect { stroke: var(--page); } .timeline g.a:hover rect { stroke: var(--ink); stroke-width: 2; }
 """
 
 
@@ -47,30 +52,38 @@ class Panel:
     note: str = ""
 
 
-def render_svg(title: str, panels: Sequence[Panel], placement: Sequence[int], unit: str = "") -> str:
+def render_svg(
+    title: str, panels: Sequence[Panel], placement: Sequence[int], unit: str = "", *, embedded: bool = False
+) -> str:
     """The drawing as text. ``placement``: rank of each stage; ``unit``: of the times, for the axes and the titles.
 
-    Each panel's time starts at 0. Stages of one rank differ in shade.
+    Each panel's time starts at 0. Stages of one rank differ in shade. ``embedded``: for a page that has the title,
+    and the colours ``--page``, ``--ink`` and ``--soft``, itself.
     """
     turns = _turns(placement)
     longest = max((panel.timeline.makespan for panel in panels), default=0.0) or 1.0
-    width = _width(panels, longest)
+    width = _width(panels, longest, embedded)
     scale = width / longest
-    body, y = [], TOP
+    top = 0 if embedded else HEAD
+    body, y = [], top + LEGEND
     for panel in panels:
         part, y = _panel(panel, y, scale, turns, unit)
         body += part
     shades = {(kind, turns[stage] % 2) for panel in panels for _, (kind, stage, _), _, _ in panel.timeline.records}
-    legend, legend_end = _legend(shades, max(turns, default=0))
-    full = max(LEFT + width + 24, legend_end)
+    legend, legend_end = _legend(shades, max(turns, default=0), top)
+    words = max((7 * len(panel.name) + 6.3 * len(panel.note) for panel in panels), default=0.0)
+    full = max(LEFT + width + 24, legend_end, words + 24)
+    heading = [
+        f"<title>{escape(title)}</title>",
+        f'<rect class="page" width="{full:.0f}" height="{y}"/>',
+        f'<text class="head" x="12" y="24">{escape(title)}</text>',
+    ]
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{full:.0f}" height="{y}" viewBox="0 0 {full:.0f} {y}" '
-            'role="img">',
-            f"<title>{escape(title)}</title>",
-            f"<style>{_STYLE}{_fills()}</style>",
-            f'<rect class="page" width="{full:.0f}" height="{y}"/>',
-            f'<text class="head" x="12" y="24">{escape(title)}</text>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="timeline" width="{full:.0f}" height="{y}" '
+            f'viewBox="0 0 {full:.0f} {y}" role="img" aria-label="{escape(title)}">',
+            f"<style>{'' if embedded else _PAGE}{_STYLE}{_fills()}</style>",
+            *([] if embedded else heading),
             *legend,
             *body,
             "</svg>\n",
@@ -79,7 +92,9 @@ def render_svg(title: str, panels: Sequence[Panel], placement: Sequence[int], un
 
 
 def _fills() -> str:
-    return "".join(f".{kind}{shade} rect {{ fill: var(--{kind}{shade}); }} " for kind in KINDS for shade in (0, 1))
+    return "".join(
+        f".timeline .{kind}{shade} rect {{ fill: var(--{kind}{shade}); }} " for kind in KINDS for shade in (0, 1)
+    )
 
 
 def _turns(placement: Sequence[int]) -> list[int]:
@@ -87,15 +102,18 @@ def _turns(placement: Sequence[int]) -> list[int]:
     return [list(placement[:stage]).count(rank) for stage, rank in enumerate(placement)]
 
 
-def _width(panels: Sequence[Panel], longest: float) -> float:
-    """Wide enough that most actions have room for their number."""
+def _width(panels: Sequence[Panel], longest: float, embedded: bool) -> float:
+    """Wide enough that most actions have room for their number; inside a page, where the whole is to be seen at once,
+    that half of them are still to be told apart."""
+    least = EMBEDDED if embedded else NARROWEST
     lengths = sorted(r.end - r.start for panel in panels for r in panel.timeline.records if r.end > r.start)
     if not lengths:
-        return NARROWEST
-    return min(max(NARROWEST, 22 * longest / lengths[len(lengths) // 10]), WIDEST)
+        return least
+    wanted = 8 / lengths[len(lengths) // 2] if embedded else 22 / lengths[len(lengths) // 10]
+    return min(max(least, wanted * longest), WIDEST)
 
 
-def _legend(shades: set[tuple[ActionKind, int]], most: int) -> tuple[list[str], float]:
+def _legend(shades: set[tuple[ActionKind, int]], most: int, top: int) -> tuple[list[str], float]:
     """Names of the colours, and where they end."""
     stage_words = ("", "")
     if most:
@@ -105,9 +123,10 @@ def _legend(shades: set[tuple[ActionKind, int]], most: int) -> tuple[list[str], 
         for shade in (0, 1):
             if (kind, shade) in shades:
                 label = f"{kind} {text}{stage_words[shade]}"
-                out.append(f'<g class="{kind}{shade}"><rect x="{x:.0f}" y="34" width="11" height="11" rx="2"/></g>')
-                out.append(f'<text class="soft" x="{x + 16:.0f}" y="44">{label}</text>')
-                x += 34 + 6.3 * len(label)
+                swatch = f'<rect x="{x:.0f}" y="{top + 10}" width="11" height="11" rx="2"/>'
+                out.append(f'<g class="{kind}{shade}">{swatch}</g>')
+                out.append(f'<text class="soft" x="{x + 16:.0f}" y="{top + 20}">{label}</text>')
+                x += 28 + 6.1 * len(label)
     return out, x
 
 
@@ -126,7 +145,7 @@ def _panel(panel: Panel, y: int, scale: float, turns: Sequence[int], unit: str) 
         out.append(f'<rect class="lane" x="{LEFT}" y="{top}" width="{span:.2f}" height="{LANE}" rx="3"/>')
     for tick in ticks(timeline.makespan, max(2.0, span / 90)):
         x = LEFT + tick * scale
-        out.append(f'<path class="grid" d="M{x:.2f} {y - 2}V{bottom}"/>')
+        out.append(f'<path class="line" d="M{x:.2f} {y - 2}V{bottom}"/>')
         out.append(f'<text class="soft" x="{x:.2f}" y="{bottom + 13}" text-anchor="middle">{tick:g}{unit}</text>')
     out += [_action(record, timeline.begin, y, scale, turns, unit) for record in timeline.records]
     return out, bottom + 28

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megalm import files
@@ -12,10 +13,11 @@ from megalm.data.ngram import baselines
 from megalm.metrics import jsonl
 from megalm.metrics.console import ConsoleLike
 from megalm.metrics.report import NAME as REPORT
-from megalm.metrics.report import write_report
+from megalm.metrics.report import Drawing, write_report
 from megalm.metrics.summary import read_summary, write_summary
 from megalm.model.language_model import LanguageModel
 from megalm.parallel.phase import phase
+from megalm.pipeline.recorded import Recorded
 from megalm.train.generate import sample_text
 from megalm.train.prepare import Prepared
 from megalm.train.run_folder import CHECKPOINTS, METRICS, SAMPLE
@@ -71,7 +73,32 @@ def write_outcome(prepared: Prepared, step: int, facts: dict[str, Any], sample: 
     if sample is not None:
         files.write_text(run_dir / SAMPLE, sample + "\n")
     write_summary(run_dir, summary)
-    write_report(run_dir)
+    make_report(run_dir)
+
+
+def make_report(run_dir: Path) -> None:
+    """Build report.html from what the folder holds; DataError where a file of it is damaged."""
+    write_report(run_dir, pipeline_drawings(run_dir))
+
+
+def ensure_report(run_dir: Path) -> None:
+    """Build the report where there is none: a run may have been killed right before it."""
+    if not (run_dir / REPORT).exists():
+        make_report(run_dir)
+
+
+def pipeline_drawings(run_dir: Path) -> list[Drawing]:
+    """The recorded step of the pipeline, planned above measured; none where no step was recorded."""
+    recorded = Recorded.read(run_dir)
+    if recorded is None:
+        return []
+    if not recorded.drawable:
+        text = (
+            f"{recorded.title}: too many actions to draw here. megalm schedule --run {run_dir} --svg FILE draws them."
+        )
+        return [Drawing("pipeline", "Pipeline", "", "", text)]
+    svg = recorded.svg(embedded=True)
+    return [Drawing("pipeline", "Pipeline", recorded.title, svg, recorded.caption)]
 
 
 def show_outcome(prepared: Prepared, console: ConsoleLike) -> None:

@@ -4,6 +4,7 @@
 
     config.json, config.toml   the resolved configuration that the folder was started with
     metrics.jsonl              a line for each step and each evaluation
+    pipeline.json              a measured step, where there is a pipeline: see megalm.pipeline.recorded
     checkpoints/step-XXXXXXXX  see megalm.checkpoint
     summary.json, sample.txt, report.html
 

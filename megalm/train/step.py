@@ -7,7 +7,7 @@ that of the loss over the whole global batch, whatever the accumulation and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.pipeline.lower import lower
 from megalm.pipeline.plan import Pipeline, serial_order
-from megalm.pipeline.run import run_order
+from megalm.pipeline.run import run_order, unmarked
 from megalm.plugin.contract.objective import Term
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
@@ -46,10 +46,12 @@ def forward_backward(
     seed: int,
     step: int,
     pipeline: Pipeline | None = None,
+    mark: Callable[[], None] = unmarked,
 ) -> Losses:
     """Add the gradient of the step's loss to the parameters; finish_gradients then sums it over ranks.
 
-    ``pipeline``: the one that the model's stages were cut for; default: one stage.
+    ``pipeline``: the one that the model's stages were cut for; default: one stage. ``mark``: called when an action of
+    this rank begins and when it ends.
     """
     parallel = model.parallel
     scored = sum_counts(objective, microbatches, parallel)
@@ -68,7 +70,7 @@ def forward_backward(
         return torch.stack(scaled).sum() if scaled else None
 
     order = lower(serial_order(len(microbatches))) if pipeline is None else pipeline.verified.lowered
-    run_order(order, TrainingStages(model, batches, loss), parallel.pp, parallel.device)
+    run_order(order, TrainingStages(model, batches, loss), parallel.pp, parallel.device, mark)
     return sums.losses(scored, parallel)
 
 

@@ -16,7 +16,6 @@ from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, train
 from megalm.errors import MegalmError
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
-from megalm.metrics.report import ensure_report
 from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.module import materialise
 from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
@@ -25,8 +24,9 @@ from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
 from megalm.train.feed import TrainFeed, evaluation_rows
-from megalm.train.outcome import is_complete, sample_of, show_outcome, write_outcome
+from megalm.train.outcome import ensure_report, is_complete, sample_of, show_outcome, write_outcome
 from megalm.train.prepare import Prepared
+from megalm.train.recorder import PipelineRecorder
 from megalm.train.resume import Start, find_start, identity, own_identity
 from megalm.train.run_folder import CHECKPOINTS, METRICS, RunLock, start_run_folder
 from megalm.train.step import Losses, evaluate, forward_backward
@@ -64,6 +64,7 @@ class Trainer:
             dp_size=parallel.dp.size,
         )
         self.metrics = MetricsFile(prepared.run_dir / METRICS)
+        self.recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir)
         self.warnings: list[str] = []
         self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
 
@@ -121,6 +122,7 @@ class Trainer:
         train = self.config.train
         started, tokens = time.perf_counter(), 0
         step, reason = done, None
+        self.recorder.start(done, train.steps)
         while step < train.steps and reason is None:
             step += 1
             tokens += self.tokens_per_step
@@ -136,9 +138,11 @@ class Trainer:
     def _whole_step(self, info: RunInfo, step: int) -> str | None:
         """Take a step, counted from 1, and do what is due after it; why the run is to stop, if it is."""
         self.prepared.manager.hook.megalm_step_start(run=info, step=step)
+        self.recorder.begin(step)
         began = time.perf_counter()
         losses, norm, rate = self.train_step(info, step - 1)
         seconds = time.perf_counter() - began
+        self.recorder.end(step)
         record = {
             "loss": losses.total,
             "terms": losses.terms,
@@ -167,6 +171,7 @@ class Trainer:
             seed=self.config.run.seed,
             step=step,
             pipeline=self.prepared.pipeline,
+            mark=self.recorder.mark,
         )
         finish_gradients(self.weights)
         norm = global_norm(self.weights).item()

@@ -17,6 +17,9 @@ from megalm.errors import DataError
 from megalm.metrics.jsonl import MetricsFile
 from megalm.metrics.report import MAX_POINTS, Series, write_report
 from megalm.metrics.summary import write_summary
+from megalm.pipeline.recorded import Recorded
+from megalm.plugin.contract.pipeline_csv import order_from_csv
+from megalm.train.outcome import make_report
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -119,6 +122,51 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert page.data["charts"][1]["series"][0]["name"] == "mlm" + EVIL
 
 
+def add_pipeline(folder: Path, hostile: str = "") -> Path:
+    """Record a step of a pipeline in the folder, and make its report again."""
+    order = order_from_csv("0F0,0F1,0BW0,0BW1\n1F0,1BW0,1F1,1BW1", "by hand")
+    times = [
+        [(0.0, 0.01), (0.01, 0.02), (0.05, 0.07), (0.08, 0.1)],
+        [(0.01, 0.02), (0.02, 0.04), (0.04, 0.05), (0.05, 0.07)],
+    ]
+    Recorded.of("1f1b" + hostile, 3, order, times, 2e-5).write(folder)
+    make_report(folder)
+    return folder / "report.html"
+
+
+def test_a_pipeline_is_drawn_planned_above_measured(tmp_path: Path) -> None:
+    plain = Page(make_run(tmp_path))
+    path = add_pipeline(tmp_path)
+    page = Page(path)
+    assert (plain.tags.count("svg"), page.tags.count("svg")) == (0, 1)
+    assert "1f1b: P=2, M=2, V=1, step 3" in page.text
+    # Stage costs are 10 + 20 ms: the plan takes three of each, 90 ms, and each rank works 60.
+    planned, measured = page.text.index("planned"), page.text.index("measured")
+    assert "makespan 90 ms, idle/makespan 33.3%, (longest span - work)/span 33.3%" in page.text[planned:measured]
+    assert "makespan 100 ms, idle/makespan 40.0%, (longest span - work)/span 40.0%" in page.text[measured:]
+    assert page.data == plain.data
+    assert page.links == plain.links
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_names_in_a_drawing_are_escaped(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    honest = Page(add_pipeline(tmp_path))
+    page = Page(add_pipeline(tmp_path, hostile=EVIL))
+    assert page.tags == honest.tags
+    assert f"1f1b{EVIL}: P=2" in page.text
+
+
+def test_a_pipeline_is_in_the_layout(tmp_path: Path) -> None:
+    assert "dp 1 · tp 1" in Page(make_run(tmp_path)).text
+    write_summary(tmp_path, {"layout": {"tp": 2, "sp": False, "pp": 3, "dp": 1}})
+    text = Page(write_report(tmp_path)).text
+    assert "pp 2 · dp 0 · tp 1" in text
+    assert text.count(" · dp 0 · tp ") == 6
+
+
 def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
     with MetricsFile(tmp_path / "metrics.jsonl") as file:
         file.append({"step": 1, "loss": 5.0, "grad_norm": math.inf})
@@ -200,6 +248,34 @@ def test_it_renders_in_a_browser_without_console_errors(tmp_path: Path) -> None:
         ["1.05"],
         ["20.02k"],
     ]
+
+
+@browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_drawing_has_the_page_s_colours_and_leaves_the_page_its_own(tmp_path: Path, dark: bool) -> None:
+    (tmp_path / "run").mkdir()
+    path = make_run(tmp_path / "run")
+    ask = """<script>
+      const fill = (where, what) => getComputedStyle(document.querySelector(where))[what];
+      document.title = JSON.stringify([
+        fill("#loss text", "fill"), fill(".tile .name", "fontWeight"), fill(".subtitle", "color"),
+        document.querySelector("#pipeline") && [
+          fill("#pipeline text", "fill"), fill("#pipeline .lane", "fill"), fill("#pipeline g.a rect", "stroke"),
+          fill("#pipeline", "backgroundColor"), fill("#pipeline .scroll", "width")],
+      ]);</script></body>"""
+    found = []
+    for make in (lambda: path, lambda: add_pipeline(tmp_path / "run")):
+        text = make().read_text(encoding="utf-8").replace("</body>", ask)
+        path.write_text(text, encoding="utf-8")
+        options = ["--blink-settings=preferredColorScheme=0"] if dark else []
+        dom, console = show(path, tmp_path / "profile", *options)
+        assert console == []
+        found.append(json.loads(re.findall("<title>(.*?)</title>", dom)[0]))
+    assert found[0][:3] == found[1][:3], "a drawing's style is its own"
+    ink, lane, gap, card, _ = found[1][3]
+    assert gap == card, "the gaps between actions show the card"
+    brightness = [sum(map(int, re.findall(r"[0-9]+", color)[:3])) for color in (ink, lane)]
+    assert (brightness[0] > brightness[1]) == dark
 
 
 @browser

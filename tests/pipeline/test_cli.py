@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,11 @@ from xml.etree import ElementTree
 import pytest
 
 from megalm.cli.app import main
+from megalm.pipeline.choose import choose
+from megalm.pipeline.recorded import Recorded
+from megalm.pipeline.simulate import simulate
+from megalm.plugin.contract.pipeline import Costs, PipelineShape
+from megalm.plugin.manager import PluginManager
 
 from .conftest import NAMES
 
@@ -94,6 +100,65 @@ def test_large_ones_are_not_drawn_in_characters(schedule: Schedule) -> None:
     status, out, _ = schedule("1f1b", "--stages", "70", "--microbatches", "4")
     assert status == 0
     assert "Too long to draw in characters; --svg FILE draws it." in out
+
+
+def record(folder: Path) -> Recorded:
+    """A step of zb-h1 as a run leaves it."""
+    manager = PluginManager.for_launch(["pipeline_schedules"])
+    order = choose("zb-h1", manager).build(PipelineShape(2, 4))
+    timeline = simulate(order, Costs(0.01, 0.02, 0.015, comm=0.004))
+    times = [[(r.start, r.end) for r in timeline.of(rank)] for rank in range(2)]
+    found = Recorded.of("zb-h1", 7, order, times, 3e-5)
+    found.write(folder)
+    return found
+
+
+def test_a_measured_step(schedule: Schedule, tmp_path: Path) -> None:
+    found = record(tmp_path)
+    picture = tmp_path / "new" / "step.svg"
+    status, out, err = schedule("--run", str(tmp_path), "--svg", str(picture))
+    assert (status, err) == (0, "")
+    assert out.startswith("zb-h1: P=2, M=4, V=1, step 7\n")
+    planned, measured = out.index("planned (ms): makespan"), out.index("measured (ms): makespan")
+    for part, timeline in ((out[planned:measured], found.planned), (out[measured:], found.measured)):
+        assert f"makespan {timeline.makespan * 1e3:.4g} ms, idle/makespan {timeline.idle_fraction:.1%}" in part
+        rows = [line for line in part.splitlines() if line.startswith("rank ")]
+        assert [len(re.findall("[FBW][0-9]", row)) for row in rows] == [12, 12]
+    assert "off by up to 0.03 ms" in out
+    drawn = ElementTree.parse(picture).getroot()
+    assert len([g for g in drawn.iter("{http://www.w3.org/2000/svg}g") if "a " in g.get("class", "")]) == 2 * 24
+    status, out, _ = schedule("--run", str(tmp_path), "--json")
+    document = json.loads(out)
+    assert (status, document["name"], document["step"], document["placement"]) == (0, "zb-h1", 7, [0, 1])
+    assert document["measured"]["makespan"] == pytest.approx(found.measured.makespan, abs=1e-8)
+    assert document["planned"]["bubble"]["idle_over_makespan"] == pytest.approx(found.planned.idle_fraction, abs=1e-6)
+    assert [len(rank) for rank in document["measured"]["ranks"]] == [12, 12]
+
+
+RUNS = [
+    (("--run", "RUN", "1f1b"), "NAME and --run exclude each other"),
+    (("--run", "RUN", "--stages", "2"), "--stages and --run exclude each other"),
+    (("--run", "RUN", "--cost", "1,1,1,0"), "--cost and --run exclude each other"),
+    (("--run", "RUN", "--plugins", "pipeline_schedules"), "--plugins and --run exclude each other"),
+    (("--run", "RUN/none"), "none/pipeline.json: there is none; a run with parallel.pp above 1 writes it"),
+    (("--run", "RUN/bad"), "bad/pipeline.json: not a record of a pipeline"),
+    (("--run", "RUN/file"), "file/pipeline.json: cannot be read: Not a directory"),
+    ((), "megalm schedule needs NAME, or --run DIR"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), RUNS, ids=[message for _, message in RUNS])
+def test_measured_steps_that_cannot_be_shown(
+    schedule: Schedule, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    record(tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "pipeline.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    status, out, err = schedule(*(argument.replace("RUN", str(tmp_path)) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
 
 
 MISTAKES = [
