@@ -1,18 +1,60 @@
-"""Normalisation over the last dimension."""
+"""Normalisation over the last dimension: the references, and what torch fuses itself.
+
+``offset`` is added to the weight: 1 for weights that are centred at zero. The ``add_`` forms normalise a sum and return
+it as well, since it is the residual stream that goes on.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias. (Ba et al., 2016.)"""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, offset: float = 0.0) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * (weight + offset) + bias, of ``x``'s dtype; statistics in float32 at least.
+    (Ba et al., 2016.)
+    """
+    wide = _wide(x)
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * (_wide(weight) + offset)
+    return (normed if bias is None else normed + _wide(bias)).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, the mean in at least float32. (Zhang and Sennrich, 2019.)"""
-    wide = x if x.dtype == torch.float64 else x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), of ``x``'s dtype; the mean in float32 at least. (Zhang and
+    Sennrich, 2019.)
+    """
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale * (_wide(weight) + offset)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``x + residual``, and that sum."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps, offset=offset), total
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``x + residual``, and that sum."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset=offset), total
+
+
+def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, offset: float = 0.0) -> Tensor:
+    """:func:`layer_norm` by torch's operation."""
+    return F.layer_norm(x, weight.shape, weight + offset if offset else weight, bias, eps)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """:func:`rms_norm` by torch's operation."""
+    return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

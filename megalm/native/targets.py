@@ -1,0 +1,135 @@
+"""Which libraries are made of which sources with which flags.
+
+Operations are described once, in ``csrc/ops``, and compiled for each backend against its launchers: the processor's
+(``csrc/cpu``), CUDA's (``csrc/cuda``), or CUDA's own sources compiled for the host (``csrc/emu``). Tensor operations
+use torch's stable ABI, so one library serves every torch from :data:`TORCH_TARGET` on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalm.native.errors import BuildError
+from megalm.native.toolchain import Toolchain
+
+TORCH_TARGET = "0x020b000000000000"
+"""The oldest torch that is served, 2.11, as torch's headers write it."""
+ARCHITECTURES = ("80", "90", "100")
+"""Compute capabilities that are compiled for: A100, H100 and H200, B200."""
+_WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Branches on NaN and traps keep loops from becoming vectors; results stay those of IEEE arithmetic.
+_FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A source and the command that compiles it, without the source and the object's name."""
+
+    source: Path
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A shared library."""
+
+    name: str
+    """Of the file, without its suffix."""
+    steps: tuple[Step, ...]
+    link: tuple[str, ...]
+    """The linking command's head; objects and the library's name come between it and ``libraries``."""
+    libraries: tuple[str, ...]
+
+
+def sources() -> Path:
+    """The folder of C++ and CUDA sources: in the package, or beside it in a checkout. Raises BuildError."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "include" / "abi.h").is_file():
+            return folder
+    raise BuildError(f"csrc/ was found neither in {package} nor beside it: the installation is not complete")
+
+
+def architectures() -> tuple[str, ...]:
+    """Compute capabilities to compile for: :data:`ARCHITECTURES`, or those that MEGALM_CUDA_ARCH lists ("90;100")."""
+    given = os.environ.get("MEGALM_CUDA_ARCH")
+    return tuple(given.replace(",", ";").split(";")) if given else ARCHITECTURES
+
+
+def march() -> list[str]:
+    """The processor that is compiled for: x86-64-v3 (AVX2, servers since 2013), or what MEGALM_MARCH names."""
+    if platform.machine() != "x86_64":
+        return [f"-march={os.environ['MEGALM_MARCH']}"] if "MEGALM_MARCH" in os.environ else []
+    return [f"-march={os.environ.get('MEGALM_MARCH', 'x86-64-v3')}"]
+
+
+def cpu_target(tools: Toolchain, csrc: Path) -> Target:
+    """Schemas of all operations, and their implementations for the processor."""
+    flags = [*_cxx(tools, csrc), "-DMEGALM_CPU", *march()]
+    steps = _steps(flags, *_listed(csrc, "ops/*.cpp", "cpu/*.cpp"))
+    return Target("_cpu", steps, (tools.cxx, "-shared"), _torch_libraries(tools, "torch_cpu"))
+
+
+def cuda_target(tools: Toolchain, csrc: Path) -> Target:
+    """The CUDA implementations."""
+    assert tools.cuda is not None
+    nvcc = str(tools.cuda.nvcc)
+    bindings = _steps([*_cxx(tools, csrc), "-DMEGALM_CUDA"], *_listed(csrc, "ops/*.cpp"))
+    kernels = _steps(nvcc_flags(nvcc, csrc), *_listed(csrc, "cuda/*.cu"))
+    link = (nvcc, "-shared", "-cudart=shared", "-ccbin", tools.cxx)
+    libraries = ("-Xlinker", "--no-as-needed", *_torch_libraries(tools, "torch_cpu", "torch_cuda"))
+    return Target("_cuda", (*bindings, *kernels), link, libraries)
+
+
+def nvcc_flags(nvcc: str, csrc: Path) -> list[str]:
+    """How kernels are compiled: machine code for each of :func:`architectures`, and PTX for what comes after."""
+    archs = architectures()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return [nvcc, "-std=c++17", "-O3", *codes, "-Xcompiler", "-fPIC", f"-I{csrc}", "-Werror", "all-warnings"]
+
+
+def emulator_target(tools: Toolchain, csrc: Path, *, sanitize: bool = False, defines: Iterable[str] = ()) -> Target:
+    """The CUDA sources as host code, registered as operations of the namespace ``megalm_emu`` on CPU tensors.
+
+    ``sanitize``: with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must then be preloaded.
+    """
+    flags = [*_cxx(tools, csrc), "-DMEGALM_EMU", *(f"-D{name}" for name in defines)]
+    link = [tools.cxx, "-shared"]
+    if sanitize:
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags += [*checks, "-O1", "-g", "-fno-omit-frame-pointer"]
+        link += checks
+    bindings = _steps(flags, *_listed(csrc, "ops/*.cpp"))
+    kernels = _steps([*flags, "-x", "c++"], *_listed(csrc, "cuda/*.cu"))
+    return Target("_emu", (*bindings, *kernels), tuple(link), _torch_libraries(tools, "torch_cpu"))
+
+
+def _cxx(tools: Toolchain, csrc: Path) -> list[str]:
+    return [
+        *(tools.cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
+        *_FLOATS,
+        *_WARNINGS,
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        # torch's own headers may warn.
+        *("-isystem", str(tools.torch.root / "include")),
+        f"-I{csrc}",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
+
+
+def _torch_libraries(tools: Toolchain, *names: str) -> tuple[str, ...]:
+    return (f"-L{tools.torch.root / 'lib'}", *(f"-l{name}" for name in names))
+
+
+def _listed(csrc: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(csrc.glob(pattern))]
+
+
+def _steps(command: list[str], *paths: Path) -> tuple[Step, ...]:
+    return tuple(Step(path, tuple(command)) for path in paths)

@@ -1,0 +1,33 @@
+"""Short words for torch's registry of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Operations:
+    """``Operations("megalm").rms_norm(...)`` calls ``torch.ops.megalm.rms_norm``'s only overload."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation: Callable[..., Any] = getattr(getattr(torch.ops, self.namespace), name).default
+        setattr(self, name, operation)
+        return operation
+
+
+def registrar(namespace: str) -> tuple[Callable[[str], Callable[..., Any]], Callable[..., None]]:
+    """``fake(name)``, a decorator for the shapes of an operation, and ``gradient(name, backward, keep)``."""
+
+    def fake(name: str) -> Callable[..., Any]:
+        decorate: Callable[..., Any] = torch.library.register_fake(f"{namespace}::{name}")
+        return decorate
+
+    def gradient(name: str, backward: Callable[..., Any], keep: Callable[..., None]) -> None:
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
+
+    return fake, gradient
