@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 
+from megalm.checkpoint.folders import complete_checkpoints
+from megalm.checkpoint.manifest import read_manifest
+from megalm.testing.parity import differences
 from megalm.testing.runs import make_store
 
 pytestmark = pytest.mark.dist
@@ -90,6 +95,21 @@ def trained(fork: Any, write_config: Any, tmp_path: Path) -> list[str]:
     return arguments
 
 
+def first_gradients(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """Every whole gradient of a run's first step: after it Adam's first moment is a tenth of them, nothing clipped."""
+    folder = next(each for each in complete_checkpoints(checkpoints) if read_manifest(each).step == 1)
+    out = {}
+    for name, record in read_manifest(folder).optimizer.items():
+        if name.endswith("@exp_avg"):
+            whole = torch.full(record.shape, torch.nan, dtype=torch.float64)
+            for part in record.slices:
+                place = tuple(slice(a, a + n) for a, n in zip(part.start, part.shape, strict=True))
+                with safe_open(folder / part.file, framework="pt") as file:
+                    whole[place] = file.get_tensor(part.key) * 10
+            out[name.removesuffix("@exp_avg")] = whole
+    return out
+
+
 class TestTorchrun:
     """Ranks that torchrun starts, watches and ends."""
 
@@ -108,11 +128,11 @@ class TestTorchrun:
     def test_pipelines_train_as_one_rank_does(
         self, torchrun: Any, write_config: Any, tmp_path: Path, schedule: str
     ) -> None:
-        """Losses, norms and evaluation of a run, and the text that it samples."""
-        same = ["model.layers=4", "train.micro_batch=2", "model.dropout=0.1", "sample.tokens=12"]
-        same += ["train.precision=float64"]
+        """The first step's loss and every gradient, and all that follows: losses, norms, evaluation, sampled text."""
+        same = ["model.layers=4", "train.micro_batch=2", "model.dropout=0.1", "sample.tokens=12", "train.clip_grad=0"]
+        same += ["train.precision=float64", "checkpoint.every=1", "checkpoint.keep=3", "model.init_std=0.3"]
         runs = {"one": [], "cut": ["parallel.pp=2", f"parallel.pp_schedule={schedule}"]}
-        found = {}
+        found, gradients = {}, {}
         for name, layout in runs.items():
             command = [write_config(), "--set", *same, *layout, f"run.dir={name}"]
             done = torchrun(command, cwd=tmp_path, ranks=1 + bool(layout))
@@ -120,7 +140,15 @@ class TestTorchrun:
             records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
             figures = [record.get("eval", record)["loss"] for record in records]
             figures += [record["grad_norm"] for record in records if "grad_norm" in record]
+            first = next(record for record in records if record.get("step") == 1 and "grad_norm" in record)
+            gradients[name] = {
+                "loss": torch.tensor(first["loss"], dtype=torch.float64),
+                "grad_norm": torch.tensor(first["grad_norm"], dtype=torch.float64),
+                **first_gradients(tmp_path / name / "checkpoints"),
+            }
             found[name] = figures, (tmp_path / name / "sample.txt").read_text()
+        assert len(gradients["one"]) > 40
+        assert differences(gradients["cut"], gradients["one"], rtol=1e-10) == []
         assert found["cut"][0] == pytest.approx(found["one"][0], rel=1e-9)
         assert found["cut"][1] == found["one"][1]
 

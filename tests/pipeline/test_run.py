@@ -1,10 +1,14 @@
-"""Pipelines that compute: loss and every gradient equal one rank's, and the memory held is what the verifier said."""
+"""Pipelines that compute: what they hold, what they say, when weights move, and mistakes that are seen.
+
+That loss and gradients equal one rank's is in test_equal.py.
+"""
 
 from __future__ import annotations
 
 import random
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,160 +18,162 @@ import torch
 import megalm.testing.parity as parity
 import megalm.train.step as step_module
 from megalm.errors import ScheduleError
-from megalm.model.spec import ModelSpec
+from megalm.model.language_model import LanguageModel
+from megalm.ops.linear import _collecting
 from megalm.parallel.comm import Group
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import SimulatedWorld, run_simulated
 from megalm.pipeline.plan import Pipeline, make_pipeline
-from megalm.plugin.contract.pipeline import Action, ActionKind, PipelineOrder
-from megalm.plugin.manager import PluginManager
+from megalm.plugin.contract.pipeline import Action, ActionKind, PipelineOrder, PipelineShape
 from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.testing.parity import assert_parity, loss_and_gradients
 from megalm.testing.processes import run_processes
+from megalm.train.prepare import Prepared
 from megalm.train.stages import TrainingStages
 
-RTOL = 1e-10
-LAYERS = 9
+from .cases import LAYERS, RTOL, Case, check, drawn, plugins, prepared, schedules, serial, subjects, table
+
+Make = Callable[[str], ObjectiveSubject]
 F, B, W, BW = ActionKind.F, ActionKind.B, ActionKind.W, ActionKind.BW
 
 
-@dataclass(frozen=True)
-class Case:
-    """A schedule on a layout; twelve rows, microbatches of ``micro_batch``."""
-
-    schedule: str
-    pp: int
-    virtual: int | None = None
-    tp: int = 1
-    sp: bool = False
-    dp: int = 1
-    micro_batch: int = 2
-    split: tuple[int, ...] | None = None
-
-    def __str__(self) -> str:
-        layout = f"tp{self.tp}{'+sp' * self.sp} dp{self.dp}"
-        return f"{self.schedule} pp{self.pp} v{self.virtual} {layout} mb{self.micro_batch} {self.split or ''}"
-
-    def pipeline(self, spec: ModelSpec, manager: PluginManager) -> Pipeline:
-        return make_pipeline(
-            spec,
-            manager,
-            schedule=self.schedule,
-            ranks=self.pp,
-            microbatches=12 // (self.micro_batch * self.dp),
-            virtual=self.virtual,
-            split=self.split,
-        )
-
-    @property
-    def grid(self) -> dict[str, Any]:
-        return {"tp": self.tp, "pp": self.pp, "dp": self.dp, "sp": self.sp}
-
-
-NAMED = [
-    *(Case(name, 2) for name in ("gpipe", "1f1b", "zb-h1")),
-    *(Case(name, 4, micro_batch=1) for name in ("gpipe", "1f1b", "zb-h1")),
-    Case("interleaved", 2, 2),
-    Case("interleaved", 4, 2, micro_batch=1),
-    Case("zb-v", 2, 2),
-    Case("zb-v", 4, 2, micro_batch=1),
-    *(Case(name, 2, tp=2, sp=True, dp=2, micro_batch=1) for name in ("1f1b", "zb-h1")),
-    Case("zb-v", 2, 2, tp=2, dp=2, micro_batch=1),
-    Case("1f1b", 3, split=(1, 6, 2)),
-    Case("interleaved", 2, 2, split=(1, 1, 1, 6), tp=2, sp=True),
-]
-OBJECTIVES = {
-    "causal_lm tied": ("causal_lm", []),
-    "causal_lm untied": ("causal_lm", ["model.tie_embeddings=false", 'train.recompute="full"']),
-    "mlm+nsp": ("mlm+nsp", []),
-    "mlm": ("mlm", []),
-    "nsp": ("nsp", []),
-}
-
-
-@pytest.fixture(scope="module", params=OBJECTIVES)
-def subject(request: pytest.FixtureRequest, campaign_seed: int) -> Iterator[ObjectiveSubject]:
-    name, settings = OBJECTIVES[request.param]
-    # A large vocabulary's head would take the place of layers on the last stage.
-    with ObjectiveSubject(name, settings=[f"model.layers={LAYERS}", *settings], seed=campaign_seed) as made:
+@pytest.fixture(scope="module")
+def make(campaign_seed: int) -> Iterator[Callable[[str], ObjectiveSubject]]:
+    with subjects(campaign_seed) as made:
         yield made
 
 
-@pytest.fixture(scope="module")
-def serial(subject: ObjectiveSubject) -> dict[str, torch.Tensor]:
-    return loss_and_gradients(subject.prepared(), single_rank())
+class Alive:
+    """Counts what a rank's forwards keep, by the life of the objects themselves and not by the engine's books.
+
+    A forward leaves a mark in the graph that backward walks, which dies with it, and where a backward is split its
+    weight gradients are an object that dies after W.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: set[object] = set()
+        self.pairs: Counter[object] = Counter()
+        self.peaks = (0, 0)
+
+    def begin(self, pair: object, mark: object, later: object | None) -> None:
+        self.graphs.add(pair)
+        weakref.finalize(mark, self.graphs.discard, pair)
+        for each in (mark, later):
+            if each is not None:
+                self.pairs[pair] += 1
+                weakref.finalize(each, self.ends, pair)
+        self.peaks = max(self.peaks[0], len(self.graphs)), max(self.peaks[1], len(self.pairs))
+
+    def ends(self, pair: object) -> None:
+        self.pairs[pair] -= 1
+        if not self.pairs[pair]:
+            del self.pairs[pair]
 
 
-def check(subject: ObjectiveSubject, serial: dict[str, torch.Tensor], case: Case, seed: int) -> None:
-    prepared = subject.prepared()
-    pipeline = case.pipeline(prepared.spec, subject.manager)
+class Mark:
+    """What the graph of a forward holds."""
 
-    def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
-        return loss_and_gradients(prepared, parallel, micro_batch=case.micro_batch, pipeline=pipeline)
 
-    found = run_simulated(rank, **case.grid, schedule="random", seed=seed)
-    assert_parity(found[0], serial, rtol=RTOL, label=str(case))
-    for each in found[1:]:
-        assert all(torch.equal(each[name], found[0][name]) for name in found[0])
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mark: Mark) -> torch.Tensor:
+        ctx.mark = mark
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def measured(run: Prepared, case: Case, pipeline: Pipeline, patch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """What simulated ranks hold at most between F and the end of B, and of W; by pipeline rank."""
+    watched: dict[int, Alive] = {}
+    forward = LanguageModel.forward
+
+    def marked(self: LanguageModel, batch: Any, stage: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
+        mark = Mark()
+        hidden: torch.Tensor = Marked.apply(forward(self, batch, stage, x), mark)
+        watched.setdefault(self.parallel.rank, Alive()).begin((stage, id(batch)), mark, _collecting.get())
+        return hidden
+
+    patch.setattr(LanguageModel, "forward", marked)
+
+    def rank(parallel: ParallelContext) -> int:
+        loss_and_gradients(run, parallel, micro_batch=case.micro_batch, pipeline=pipeline)
+        alive = watched[parallel.rank]
+        assert not alive.graphs
+        assert not alive.pairs
+        return parallel.pp.index
+
+    places = run_simulated(rank, **case.grid)
+    found: dict[int, set[tuple[int, int]]] = {}
+    for number, place in enumerate(places):
+        found.setdefault(place, set()).add(watched[number].peaks)
+    return {place: peaks for place, (peaks,) in found.items()}
+
+
+def verified(pipeline: Pipeline) -> dict[int, tuple[int, int]]:
+    return {n: (peak.activations, peak.until_weights) for n, peak in enumerate(pipeline.verified.peaks)}
+
+
+NAMED = [
+    *(Case(name, 2) for name in schedules()),
+    *(Case(name, 4, micro_batch=1) for name in schedules()),
+    Case("zb-v", 2, tp=2, dp=2, micro_batch=1),
+    Case("gpipe", 2, 3),
+    Case("interleaved", 2, 2, split=(1, 1, 1, 6)),
+]
 
 
 @pytest.mark.parametrize("case", NAMED, ids=str)
-def test_a_pipeline_equals_one_rank(
-    subject: ObjectiveSubject, serial: dict[str, torch.Tensor], case: Case, full: bool, campaign_seed: int
-) -> None:
-    # Every case with the first objective, and some of them with each of the others.
-    first = subject.name == "causal_lm" and subject.prepared().spec.cfg.tie_embeddings
-    if not full and not first and random.Random(f"{campaign_seed} {subject.name} {case}").random() < 0.8:
-        pytest.skip("runs with the full counts")
-    check(subject, serial, case, campaign_seed)
+def test_memory_held_is_what_was_verified(case: Case, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepared(make("causal_lm"))
+    pipeline = case.pipeline(run.spec, plugins())
+    assert measured(run, case, pipeline, monkeypatch) == verified(pipeline)
 
 
-def test_drawn_pipelines(
-    subject: ObjectiveSubject, serial: dict[str, torch.Tensor], full: bool, campaign_seed: int
-) -> None:
-    draw, done = random.Random(campaign_seed), 0
-    while done < (20 if full else 1):
-        pp = draw.choice([2, 3, 4])
-        tp, dp = draw.choice([(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)])
-        name = draw.choice(["gpipe", "1f1b", "zb-h1", "interleaved", "zb-v"])
-        case = Case(
-            name,
-            pp,
-            draw.choice([2, 3]) if name == "interleaved" else None,
-            tp,
-            draw.random() < 0.5 and tp == 2,
-            dp,
-            draw.choice([m for m in (1, 2, 3, 6) if 12 % (m * dp) == 0]),
-        )
-        try:
-            case.pipeline(subject.prepared().spec, subject.manager)
-        except ScheduleError:
-            continue  # what a schedule does not admit is refused by name
-        check(subject, serial, case, campaign_seed)
-        done += 1
+def test_memory_held_by_drawn_pipelines(make: Make, full: bool, campaign_seed: int, tmp_path: Path) -> None:
+    """Any shape of every schedule, and tables that nobody designed."""
+    draw = random.Random(campaign_seed)
+    for _ in range(20 if full else 1):
+        cases = [drawn(draw, schedule) for schedule in (schedules() if full else draw.sample(schedules(), 2))]
+        designed, virtual = draw.choice([("zb-v", 2), ("interleaved", 2), ("zb-h1", 1)])
+        cases.append(Case(f"csv:{table(draw, designed, PipelineShape(3, 6, virtual), tmp_path)}", 3))
+        for case in cases:
+            run = prepared(make("causal_lm"), recompute=draw.random() < 0.3)
+            pipeline = case.pipeline(run.spec, plugins())
+            with pytest.MonkeyPatch.context() as patch:
+                assert measured(run, case, pipeline, patch) == verified(pipeline), case
 
 
-@pytest.mark.parametrize("case", [c for c in NAMED if c.tp == 1], ids=str)
-def test_memory_held_is_what_was_verified(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ObjectiveSubject("causal_lm", settings=[f"model.layers={LAYERS}"]) as subject:
-        prepared = subject.prepared()
-        pipeline = case.pipeline(prepared.spec, subject.manager)
-        peaks: dict[int, tuple[int, int]] = {}
-        made: dict[int, TrainingStages] = {}
+def test_memory_that_is_kept_too_long_is_seen(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that forgets to let a forward go holds more than was verified."""
+    kept: list[object] = []
+    backward = TrainingStages.backward
 
-        def keep(model: Any, *arguments: Any) -> TrainingStages:
-            return made.setdefault(model.parallel.rank, TrainingStages(model, *arguments))
+    def hoarding(self: TrainingStages, stage: int, microbatch: int, grad: Any) -> torch.Tensor | None:
+        kept.append(self._saved[stage, microbatch].out)
+        return backward(self, stage, microbatch, grad)
 
-        monkeypatch.setattr(step_module, "TrainingStages", keep)
+    monkeypatch.setattr(TrainingStages, "backward", hoarding)
+    case, run = Case("1f1b", 2), prepared(make("causal_lm"))
+    with pytest.raises(AssertionError, match="graphs"):
+        measured(run, case, case.pipeline(run.spec, plugins()), monkeypatch)
 
-        def rank(parallel: ParallelContext) -> None:
-            loss_and_gradients(prepared, parallel, micro_batch=case.micro_batch, pipeline=pipeline)
-            stages = made[parallel.rank]
-            peaks[parallel.pp.index] = stages.peak_activations, stages.peak_until_weights
 
-        run_simulated(rank, **case.grid)
-        expected = {n: (p.activations, p.until_weights) for n, p in enumerate(pipeline.verified.peaks)}
-        assert peaks == expected
+@pytest.mark.parametrize("schedule", schedules())
+def test_bfloat16(schedule: str, make: Make) -> None:
+    """Gradients that come late, or in another order, are those of one rank but for bfloat16's rounding."""
+    subject = make("causal_lm")
+    run = subject.prepared("model.layers=9", "model.dropout=0", dtype="bfloat16")
+    case = Case(schedule, 2)
+    pipeline = case.pipeline(run.spec, plugins())
+
+    def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
+        return loss_and_gradients(run, parallel, micro_batch=case.micro_batch, pipeline=pipeline)
+
+    expected = loss_and_gradients(run, single_rank(), micro_batch=case.micro_batch)
+    assert_parity(run_simulated(rank, **case.grid)[0], expected, rtol=2e-2)
 
 
 def test_weight_gradients_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,41 +206,39 @@ def test_weight_gradients_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -
         assert_parity(found, loss_and_gradients(prepared, single_rank()), rtol=RTOL)
 
 
+@pytest.mark.parametrize("name", ["causal_lm", "mlm+nsp"])
 @pytest.mark.parametrize("case", [Case("1f1b", 2, tp=2, sp=True), Case("zb-v", 2, 2)], ids=str)
-def test_on_gloo_processes(subject: ObjectiveSubject, serial: dict[str, torch.Tensor], case: Case) -> None:
-    prepared = subject.prepared()
-    pipeline = case.pipeline(prepared.spec, subject.manager)
+def test_on_gloo_processes(name: str, case: Case, make: Make) -> None:
+    subject = make(name)
+    run = prepared(subject)
+    pipeline = case.pipeline(run.spec, plugins())
 
     def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
-        return loss_and_gradients(prepared, parallel, micro_batch=case.micro_batch, pipeline=pipeline)
+        return loss_and_gradients(run, parallel, micro_batch=case.micro_batch, pipeline=pipeline)
 
     for found in run_processes(rank, **case.grid):
-        assert_parity(found, serial, rtol=RTOL, label=str(case))
+        assert_parity(found, serial(subject, run), rtol=RTOL, label=str(case))
 
 
 class TestBroken:
     """Mistakes of pipelines, each seen."""
 
-    @pytest.fixture
-    def tied(self, campaign_seed: int) -> Iterator[ObjectiveSubject]:
-        with ObjectiveSubject("causal_lm", settings=[f"model.layers={LAYERS}"], seed=campaign_seed) as made:
-            yield made
-
-    def differs(self, subject: ObjectiveSubject, case: Case) -> str:
-        prepared = subject.prepared()
+    def differs(self, make: Make, case: Case) -> str:
+        subject = make("causal_lm")
+        run = prepared(subject)
         with pytest.raises(AssertionError) as caught:
-            check(subject, loss_and_gradients(prepared, single_rank()), case, 0)
+            check(subject, run, case, 0)
         return str(caught.value)
 
-    def test_the_tied_embedding_not_summed(self, tied: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_tied_embedding_not_summed(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         correct = Group.all_reduce
         monkeypatch.setattr(
             Group, "all_reduce", lambda self, x, op="sum": x if self.axis == "ends" else correct(self, x, op)
         )
-        found = [line.split(":")[0].strip() for line in self.differs(tied, Case("1f1b", 2)).splitlines()[1:]]
+        found = [line.split(":")[0].strip() for line in self.differs(make, Case("1f1b", 2)).splitlines()[1:]]
         assert set(found) == {"backbone.embedding.tokens.weight", "grad_norm"}
 
-    def test_the_norm_of_one_stage(self, tied: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_norm_of_one_stage(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         correct = parity.global_norm
 
         def of_this_rank(weights: Any) -> torch.Tensor:
@@ -245,11 +249,11 @@ class TestBroken:
                 weights.parallel = whole
 
         monkeypatch.setattr(parity, "global_norm", of_this_rank)
-        assert "grad_norm: differs" in self.differs(tied, Case("1f1b", 2))
+        assert "grad_norm: differs" in self.differs(make, Case("1f1b", 2))
 
-    def test_weights_never_computed(self, tied: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_weights_never_computed(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TrainingStages, "weights", lambda *arguments: None)
-        assert "mlp.down.weight" in self.differs(tied, Case("zb-h1", 2))
+        assert "mlp.down.weight" in self.differs(make, Case("zb-h1", 2))
 
 
 def test_messages_are_those_of_the_lowered_order(campaign_seed: int) -> None:
