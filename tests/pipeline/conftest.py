@@ -8,6 +8,9 @@ from megalm.pipeline.choose import Chosen, choose
 from megalm.plugin.contract.pipeline import PipelineOrder, PipelineShape
 from megalm.plugin.manager import PluginManager
 
+from .ratios import Ratio, lines
+
+RATIOS = pytest.StashKey[list[Ratio]]()
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 
 
@@ -49,3 +52,17 @@ def admitted(schedules: dict[str, Chosen]) -> Callable[..., list[tuple[str, Pipe
         return [(n, s) for n, c in schedules.items() for s in shapes if c.schedule.objection(s) is None]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def ratios(pytestconfig: pytest.Config) -> list[Ratio]:
+    """Makespans over the least that any order has; what is added here is printed at the end."""
+    return pytestconfig.stash.setdefault(RATIOS, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    found = config.stash.get(RATIOS, [])
+    if found:
+        terminalreporter.section("makespan over the least that any order has")
+        for line in lines(found, each=config.get_verbosity() > 0):
+            terminalreporter.write_line(line)

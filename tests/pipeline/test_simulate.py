@@ -11,6 +11,7 @@ from megalm.errors import ScheduleError
 from megalm.pipeline.bound import lower_bound
 from megalm.pipeline.choose import Chosen
 from megalm.pipeline.simulate import Record, Timeline, simulate
+from megalm.pipeline.verify import verify
 from megalm.plugin.contract.pipeline import Action, ActionKind, Costs, PipelineOrder, PipelineShape
 
 from .conftest import NAMES
@@ -42,13 +43,16 @@ def random_costs(draw: random.Random, order: PipelineOrder) -> tuple[Costs, dict
 
 
 def test_random_cases(build: Build, admitted: Admitted, campaign_seed: int, full: bool) -> None:
-    """Every time is that of the longest path, and nothing is faster than the critical path."""
+    """Every schedule verifies under its costs, every time is that of the longest path, and nothing is faster than the
+    critical path.
+    """
     draw = random.Random(campaign_seed)
     cases = admitted(4, 6)
     for _ in range(1000 if full else 200):
         name, shape = draw.choice(cases)
         order = build(name, shape.ranks, shape.microbatches, shape.virtual)
         costs, table = random_costs(draw, order)
+        verify(order, costs)
         timeline = simulate(order, costs)
         expected = times(order.placement, rows_of(order), table, costs.comm)
         for record in timeline.records:
