@@ -48,6 +48,10 @@ def schedule(
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON: orders, sends and receives, times, figures.")
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the schedule's own; may be repeated."),
+    ] = None,
     only: Plugins = None,
 ) -> None:
     """Verify a pipeline schedule, and show its timeline, its bubble and what each rank holds.
@@ -67,7 +71,7 @@ def schedule(
     if name is None:
         raise UsageError("megalm schedule needs NAME, or --run DIR")
     costs = _costs(cost)
-    chosen = choose(name, PluginManager.for_launch(names(only)))
+    chosen = choose(name, PluginManager.for_launch(names(only)), settings or [])
     shape = chosen.shape(stages, microbatches, virtual)
     if shape.stages * shape.microbatches > LARGEST:
         raise ScheduleError(

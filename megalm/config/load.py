@@ -8,12 +8,13 @@ and not in ten, and every rank reports the same text.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megalm.config import toml
+from megalm.config.argument import split_argument
 from megalm.config.keys import diff_configs, dotted, flatten
 from megalm.config.positions import Path as KeyPath
 from megalm.config.schema import Config, ModelConfig
@@ -28,18 +29,32 @@ from megalm.plugin.manager import PluginManager
 __all__ = ["SECTIONS", "Resolved", "SectionKind", "diff_configs", "load_config"]
 
 
+def _has_pipeline(data: Mapping[str, Any]) -> bool:
+    """A run of one stage has no use for a schedule, and need not load the plugin of the default one."""
+    layout = data.get("parallel")
+    sizes = [layout.get(key) for key in ("pp", "pp_virtual")] if isinstance(layout, dict) else []
+    return any(isinstance(size, int) and size > 1 for size in sizes)
+
+
 @dataclass(frozen=True)
 class SectionKind:
     """Sections that plugins own: ``[objective.NAME]`` for the components of a kind that a key of megalm's chooses."""
 
     kind: str
     key: tuple[str, str]
+    used: Callable[[Mapping[str, Any]], bool] = lambda data: True
+    """Whether the run, as it is written, uses what the key chooses."""
+    argument: bool = False
+    """The key may give the component an argument (``csv:FILE``)."""
 
 
 SECTIONS = {
     "objective": SectionKind("objectives", ("train", "objective")),
     "optimizer": SectionKind("optimizers", ("train", "optimizer")),
     "lr_schedule": SectionKind("lr_schedules", ("train", "lr_schedule")),
+    "pipeline_schedule": SectionKind(
+        "pipeline_schedules", ("parallel", "pp_schedule"), used=_has_pipeline, argument=True
+    ),
     "callback": SectionKind("callbacks", ("log", "callbacks")),
 }
 
@@ -166,8 +181,10 @@ class _Resolver:
     def chosen(self, kind: SectionKind) -> tuple[dict[str, tuple[Component, KeyPath]], set[str]]:
         """Components that the choosing key names, each with where it does, and the names that are none."""
         names: list[tuple[KeyPath, str]] = []
-        value = self.chosen_value(kind.key)
-        if isinstance(value, str):
+        value = self.chosen_value(kind.key) if kind.used(self.data) else None
+        if isinstance(value, str) and kind.argument:
+            names = [(kind.key, split_argument(value, kind.kind, self.manager)[0])]
+        elif isinstance(value, str):
             names = [(kind.key, part.strip()) for part in (value.split("+") if kind.kind == "objectives" else [value])]
         elif isinstance(value, list):
             names = [((*kind.key, i), name) for i, name in enumerate(value) if isinstance(name, str)]

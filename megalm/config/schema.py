@@ -1,8 +1,8 @@
 """The run's configuration: what each section of RUN.toml may hold.
 
 Plugins own their settings: ``train.objective = "mlm"`` chooses one, ``[objective.mlm]`` configures it, and the plugin's
-own model validates that table. The same holds for optimizers, lr_schedules and callbacks. ``[model]`` starts from the
-defaults of ``model.architecture`` (a plugin record), which any key given here overrides.
+own model validates that table. The same holds for optimizers, lr_schedules, pipeline_schedules and callbacks.
+``[model]`` starts from the defaults of ``model.architecture`` (a plugin record), which any key given here overrides.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class ParallelConfig(Settings):
     pp: int = Field(default=1, ge=1)
     """Pipeline-parallel ranks: each has some of the layers."""
     pp_schedule: str = "1f1b"
-    """Component of kind ``pipeline_schedules``: who computes what in which order (``megalm schedule`` draws them)."""
+    """Component of kind ``pipeline_schedules``: who computes what in which order (``megalm schedule`` draws them);
+    settings in ``[pipeline_schedule.NAME]``."""
     pp_virtual: int | None = Field(default=None, ge=1)
     """Stages of a pipeline rank; default: as the schedule has them."""
     pp_split: list[Size] | None = None
@@ -229,4 +230,5 @@ class Config(Settings):
     objective: dict[str, dict[str, Any]] = Field(default_factory=dict)
     optimizer: dict[str, dict[str, Any]] = Field(default_factory=dict)
     lr_schedule: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    pipeline_schedule: dict[str, dict[str, Any]] = Field(default_factory=dict)
     callback: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megalm.config import argument as arguments
 from megalm.config.pairs import settings_from_pairs
+from megalm.config.settings import Settings
 from megalm.errors import PluginError, ScheduleError
 from megalm.plugin.contract.pipeline import Action, ActionKind, PipelineOrder, PipelineSchedule, PipelineShape
 from megalm.plugin.manager import PluginManager
@@ -62,8 +64,12 @@ def _with_kinds(name: str, order: PipelineOrder) -> PipelineOrder:
     return replace(order, ranks=ranks)
 
 
-def choose(text: str, manager: PluginManager) -> Chosen:
-    """Find a schedule by name. PluginError where it is unknown, lacks its argument, or has one that it cannot use."""
+def choose(text: str, manager: PluginManager, settings: Settings | Sequence[str] = ()) -> Chosen:
+    """Find a schedule by name. ``settings``: validated ones, or pairs ``key=value``.
+
+    PluginError where it is unknown, lacks its argument, or has one that it cannot use; ConfigError with all that is
+    wrong with the pairs.
+    """
     name, argument = split_argument(text, manager)
     component = manager.get(KIND, name)
     cls: type[PipelineSchedule] = manager.load_class(KIND, name)
@@ -71,21 +77,15 @@ def choose(text: str, manager: PluginManager) -> Chosen:
         raise PluginError(f'pipeline schedule "{name}" needs an argument: write {name}:{cls.argument_name}')
     if argument is not None and cls.argument_name is None:
         raise PluginError(f'pipeline schedule "{name}" takes no argument; found {argument!r} in "{text}"')
-    cfg = settings_from_pairs(cls.Config, ("pipeline_schedule", component.name), f"plugin {component.plugin}", [])
-    return Chosen(text, cls(cfg, argument))
+    if not isinstance(settings, Settings):
+        section = ("pipeline_schedule", component.name)
+        settings = settings_from_pairs(cls.Config, section, f"plugin {component.plugin}", settings)
+    return Chosen(text, cls(settings, argument))
 
 
 def split_argument(text: str, manager: PluginManager) -> tuple[str, str | None]:
-    """Name and argument. The first word is a component's name, unless it is a plugin's that has the second."""
-    registry = manager.registry(KIND)
-    head, colon, rest = text.partition(":")
-    if not colon:
-        return text, None
-    bare, colon, argument = rest.partition(":")
-    owned = any(component.plugin is not None and component.plugin.name == head for component in registry.get(bare, ()))
-    if head in registry and not owned:
-        return head, rest
-    return f"{head}:{bare}", argument if colon else None
+    """Name and argument of a schedule."""
+    return arguments.split_argument(text, KIND, manager)
 
 
 def nearest(schedule: PipelineSchedule, shape: PipelineShape) -> list[PipelineShape]:

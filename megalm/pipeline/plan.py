@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megalm.config.settings import Settings
 from megalm.errors import ScheduleError
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage, cut_stages, split_problems
@@ -22,9 +23,7 @@ from megalm.plugin.manager import PluginManager
 class Pipeline:
     """A verified order and the stages that it places. Every rank builds the same one."""
 
-    def __init__(
-        self, name: str, order: PipelineOrder, spec: ModelSpec, split: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, name: str, order: PipelineOrder, spec: ModelSpec, split: Sequence[int] | None = None) -> None:
         """ScheduleError where the order cannot run, or the model cannot be cut so."""
         if problems := split_problems(spec, order.stages, split):
             raise ScheduleError("; ".join(problems))
@@ -69,14 +68,15 @@ def make_pipeline(
     microbatches: int,
     virtual: int | None = None,
     split: Sequence[int] | None = None,
+    settings: Settings | None = None,
 ) -> Pipeline:
-    """The pipeline that a configuration asks for; ``schedule`` as ``megalm schedule`` takes it.
+    """The pipeline that a configuration asks for; ``schedule`` as ``megalm schedule`` takes it, ``settings`` its own.
 
     Raises PluginError for an unknown schedule, ScheduleError for one that does not admit this shape or model.
     """
     if ranks == 1 and virtual in (None, 1):
         return Pipeline("serial", serial_order(microbatches), spec, split)
-    chosen = choose(schedule, manager)
+    chosen = choose(schedule, manager, () if settings is None else settings)
     order = chosen.build(chosen.shape(ranks, microbatches, virtual))
     if (len(order.ranks), order.microbatches) != (ranks, microbatches):
         raise ScheduleError(

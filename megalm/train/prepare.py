@@ -99,6 +99,7 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
             microbatches=train_rows.global_batch // (train_rows.micro_batch * dp),
             virtual=layout.pp_virtual,
             split=layout.pp_split,
+            settings=next((s for (kind, _), s in resolved.sections.items() if kind == "pipeline_schedule"), None),
         )
     except (PluginError, ScheduleError) as error:
         raise ConfigError([f"parallel.pp_schedule: {error}"]) from None

@@ -114,13 +114,13 @@ def outcome(prepared: Prepared) -> tuple[str, list[dict[str, Any]]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("run", [run_simulated, run_processes], ids=["simulated", "gloo"])
-def test_recording_changes_no_bit(prepare: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_changes_no_bit(prepare: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides, layout = LAYOUTS["pp2 zb-v"]
     settings = ("causal_lm", *overrides, *QUICK, "model.dropout=0.2", "train.precision=float32")
     found = []
     for name, due in (("with", lambda *_: True), ("without", lambda *_: False)):
         monkeypatch.setattr(PipelineRecorder, "_due", due)
-        prepared = prepare(*settings, f'run.dir="{name}"', world_size=2)
+        prepared = prepare(*settings, f'run.dir="{tmp_path / name}"', world_size=2)
         train(prepared, layout, run)
         assert (prepared.run_dir / "pipeline.json").exists() == (name == "with")
         found.append(outcome(prepared))
