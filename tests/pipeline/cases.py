@@ -120,9 +120,11 @@ def serial(subject: ObjectiveSubject, run: Prepared) -> dict[str, torch.Tensor]:
     return subject.once(("serial", id(run)), lambda: loss_and_gradients(run, single_rank()))
 
 
-def check(subject: ObjectiveSubject, run: Prepared, case: Case, seed: int) -> None:
-    """Loss and every gradient of every rank are those of one rank."""
-    pipeline = case.pipeline(run.spec, subject.manager)
+def check(
+    subject: ObjectiveSubject, run: Prepared, case: Case, seed: int, manager: PluginManager | None = None
+) -> None:
+    """Loss and every gradient of every rank are those of one rank. ``manager``: knows the schedule; default: all."""
+    pipeline = case.pipeline(run.spec, manager or subject.manager)
 
     def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
         return loss_and_gradients(run, parallel, micro_batch=case.micro_batch, pipeline=pipeline)

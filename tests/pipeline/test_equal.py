@@ -10,17 +10,20 @@ import random
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megalm.errors import ScheduleError
 from megalm.pipeline.choose import choose
 from megalm.plugin.contract.pipeline import PipelineShape
+from megalm.plugin.manager import PluginManager
 from megalm.testing.objective.subject import ObjectiveSubject
 
 from .cases import Case, check, drawn, plugins, prepared, schedules, subjects, table, trained
 
 Make = Callable[[str], ObjectiveSubject]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "third_party_schedule"
 SHAPES = ("pp2", "pp4", "pp2 tp2 dp2", "pp2 tp2+sp dp2", "pp4 v2", "uneven", "tied", "recompute")
 PRODUCT = [(name, schedule, shape) for name in trained() for schedule in schedules() for shape in SHAPES]
 
@@ -102,3 +105,13 @@ def test_any_valid_table_trains(
         path = table(draw, schedule, PipelineShape(3, 6, virtual), tmp_path)
         subject = make(draw.choice(trained()))
         check(subject, prepared(subject), Case(f"csv:{path}", 3), campaign_seed)
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 3, "tp": 2, "sp": True, "micro_batch": 1}], ids=str)
+def test_the_example_trains(layout: dict[str, Any], make: Make, fake_dist: Any, campaign_seed: int) -> None:
+    """A third party's schedule says who does what in which order, and nothing else."""
+    files = {f"megalm_lean/{path.name}": path.read_text() for path in (EXAMPLE / "megalm_lean").glob("*.py")}
+    fake_dist("megalm-lean", {"lean": "megalm_lean"}, files)
+    manager = PluginManager.for_launch(["lean", "pipeline_schedules"])
+    subject = make("causal_lm")
+    check(subject, prepared(subject), Case("lean-v", **layout), campaign_seed, manager)
