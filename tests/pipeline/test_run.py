@@ -117,7 +117,6 @@ def verified(pipeline: Pipeline) -> dict[int, tuple[int, int]]:
 
 
 NAMED = [
-    *(Case(name, 2) for name in schedules()),
     *(Case(name, 4, micro_batch=1) for name in schedules()),
     Case("zb-v", 2, tp=2, dp=2, micro_batch=1),
     Case("gpipe", 2, 3),
