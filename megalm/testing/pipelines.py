@@ -24,7 +24,7 @@ STAGES = 16
 """Of a whole pipeline, at most: each needs a layer, and layers are what these proofs cost."""
 SHORT_SIZES, LONG = 4, 6
 """The full set has so many pipeline sizes of up to ``LONG`` ranks for each schedule, and one that is longer."""
-QUICK_MICROBATCHES, QUICK_STAGES, QUICK_RANKS = 3, 6, 4
+QUICK_MICROBATCHES, QUICK_STAGES, QUICK_RANKS = 3, 4, 4
 
 
 def loaded_schedules(manager: PluginManager) -> list[Chosen]:
@@ -57,7 +57,9 @@ def quick_pipelines(seed: int, sequence_length: int, schedules: Sequence[Chosen]
     found: list[RankLayout] = []
     for trait, layouts in kinds:
         possible = [layout for layout in layouts if layout not in found]
-        found += _draw(draw, [layout for layout in possible if does(trait, layout)] or possible)
+        fitting = [layout for layout in possible if does(trait, layout)] or possible
+        other = [layout for layout in fitting if layout.schedule not in {each.schedule for each in found}]
+        found += _draw(draw, other or fitting)
     return found[:-1] + [_uneven(draw, layout) for layout in found[-1:]]
 
 
@@ -105,7 +107,9 @@ def _every(chosen: Chosen, sequence_length: int, ranks: int, make: Pipelines) ->
 
 
 def _quick(chosen: Chosen, grid: RankLayout, pp: int) -> Iterator[RankLayout]:
-    return _with_pipeline(chosen, grid, pp, QUICK_MICROBATCHES, QUICK_STAGES)
+    """Several microbatches: of one alone all schedules are alike."""
+    found = _with_pipeline(chosen, grid, pp, QUICK_MICROBATCHES, QUICK_STAGES)
+    return (layout for layout in found if layout.microbatches > 1)
 
 
 def _with_pipeline(

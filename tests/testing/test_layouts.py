@@ -72,6 +72,7 @@ def test_the_quick_set_has_every_kind(schedules: list[Chosen], campaign_seed: in
         assert several_stages(drawn)
         assert (found[0].tp, found[0].sp, found[1].dp) == (2, True, 2)
         assert max(layout.ranks for layout in found) <= 4
+        assert len({layout.schedule for layout in found}) == 3
 
 
 class Only(PipelineSchedule):
