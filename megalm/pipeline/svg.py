@@ -115,18 +115,18 @@ def _width(panels: Sequence[Panel], longest: float, embedded: bool) -> float:
 
 def _legend(shades: set[tuple[ActionKind, int]], most: int, top: int) -> tuple[list[str], float]:
     """Names of the colours, and where they end."""
-    stage_words = ("", "")
-    if most:
-        stage_words = (", 1st stage", ", 2nd stage") if most == 1 else (", odd stages", ", even stages")
+    names, stages = (("1st", "2nd"), "stage") if most == 1 else (("odd", "even"), "stages")
     out, x = [], 12.0
     for kind, text in KINDS.items():
-        for shade in (0, 1):
-            if (kind, shade) in shades:
-                label = f"{kind} {text}{stage_words[shade]}"
-                swatch = f'<rect x="{x:.0f}" y="{top + 10}" width="11" height="11" rx="2"/>'
-                out.append(f'<g class="{kind}{shade}">{swatch}</g>')
-                out.append(f'<text class="soft" x="{x + 16:.0f}" y="{top + 20}">{label}</text>')
-                x += 28 + 6.1 * len(label)
+        found = [shade for shade in (0, 1) if (kind, shade) in shades]
+        for shade in found:
+            swatch = f'<rect x="{x:.0f}" y="{top + 10}" width="11" height="11" rx="2"/>'
+            out.append(f'<g class="{kind}{shade}">{swatch}</g>')
+            x += 14
+        if found:
+            which = f", {' and '.join(names[shade] for shade in found)} {stages}" if most else ""
+            out.append(f'<text class="soft" x="{x + 2:.0f}" y="{top + 20}">{kind} {text}{which}</text>')
+            x += 24 + 6.4 * len(f"{kind} {text}{which}")
     return out, x
 
 
