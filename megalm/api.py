@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megalm.plugin.component import Component, PluginInfo
     from megalm.plugin.contract.callback import Callback, RunInfo
     from megalm.plugin.contract.head import Head, HeadEnv
+    from megalm.plugin.contract.kernels import KernelProvider, KernelRequest
     from megalm.plugin.contract.modules import BuildContext, ModuleBuilder
     from megalm.plugin.contract.objective import (
         IGNORE,
@@ -73,6 +74,7 @@ _HOMES = {
     "megalm.plugin.component": ("Component", "PluginInfo"),
     "megalm.plugin.contract.callback": ("Callback", "RunInfo"),
     "megalm.plugin.contract.head": ("Head", "HeadEnv"),
+    "megalm.plugin.contract.kernels": ("KernelProvider", "KernelRequest"),
     "megalm.plugin.contract.modules": ("BuildContext", "ModuleBuilder"),
     "megalm.plugin.contract.objective": (
         "IGNORE",
@@ -127,6 +129,8 @@ __all__ = [
     "Head",
     "HeadEnv",
     "HeadSpec",
+    "KernelProvider",
+    "KernelRequest",
     "LRSchedule",
     "LayoutError",
     "LossContext",

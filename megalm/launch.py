@@ -90,8 +90,8 @@ def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
     only = None if options.plugins is None else [name for name in options.plugins.split(",") if name]
     manager = PluginManager.for_launch(only)
     resolved = load_config(options.config, options.set, manager)
-    _device(resolved.config.launch.device, place)
-    prepared = prepare_run(resolved, manager, place.world_size)
+    device = _device(resolved.config.launch.device, place)
+    prepared = prepare_run(resolved, manager, place.world_size, "cuda" if device.type == "cuda" else "cpu")
     if place.local_rank == 0:
         verify_data(prepared)
     if place.rank == 0:

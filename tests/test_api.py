@@ -30,6 +30,14 @@ SURFACE = {
         TensorSpec Term Tokenizer TokenizerError UsageError hookimpl loop_placement order_from_csv order_to_csv
         v_placement
     """,
+    (1, 3): """
+        API_VERSION Action ActionKind Architecture Batch BubbleFormula BuildContext Callback CheckpointError Component
+        ConfigError Corpus Costs DataError Example FieldSpec Head HeadEnv HeadSpec IGNORE KernelProvider KernelRequest
+        LRSchedule LayoutError LossContext MegalmError ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin
+        PipelineOrder PipelineSchedule PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings
+        SpecialTokens TensorSpec Term Tokenizer TokenizerError UsageError hookimpl loop_placement order_from_csv
+        order_to_csv v_placement
+    """,
 }
 
 

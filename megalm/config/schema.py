@@ -68,6 +68,16 @@ class ParallelConfig(Settings):
     """Data-parallel ranks. Default: all that ``tp`` and ``pp`` leave."""
 
 
+class KernelsConfig(Settings):
+    """What each operation is computed by: ``auto``, ``cuda``, ``cpu`` (megalm's own), ``torch``, ``reference``, or a
+    component of kind ``kernels``. ``auto`` takes the first of these that serves and never a plugin's."""
+
+    rms_norm: str = "auto"
+    """Root-mean-square normalisation, with or without the residual addition before it."""
+    layer_norm: str = "auto"
+    """Layer normalisation, with or without the residual addition before it."""
+
+
 class ModelConfig(Settings):
     """One transformer backbone; ``architecture`` names the defaults (gpt2, llama, bert, or a plugin's)."""
 
@@ -223,6 +233,7 @@ class Config(Settings):
     train: TrainConfig
     launch: LaunchConfig = LaunchConfig()
     parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -19,9 +19,13 @@ from megalm.nn.attention import Attention
 from megalm.nn.embedding import PositionEmbedding, TokenTypeEmbedding, VocabParallelEmbedding
 from megalm.nn.microbatch import Microbatch
 from megalm.nn.mlp import MLP
-from megalm.nn.norm import make_norm
+from megalm.nn.norm import LayerNorm, RMSNorm, make_norm
 from megalm.parallel.layout import Init
 from megalm.parallel.mesh import ParallelContext
+
+
+def _norm(spec: ModelSpec, parallel: ParallelContext) -> LayerNorm | RMSNorm:
+    return make_norm(spec.cfg.norm, parallel, spec.cfg.hidden_size, spec.cfg.norm_eps, kernels=spec.kernels)
 
 
 class Embedding(nn.Module):
@@ -38,7 +42,7 @@ class Embedding(nn.Module):
         learned = c.position == "learned"
         self.positions = PositionEmbedding(parallel, spec.max_positions, c.hidden_size, init) if learned else None
         self.types = TokenTypeEmbedding(parallel, spec.token_types, c.hidden_size, init) if spec.token_types else None
-        self.norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps) if c.embedding_norm else None
+        self.norm = _norm(spec, parallel) if c.embedding_norm else None
 
     def forward(self, batch: Microbatch) -> torch.Tensor:
         x_TH = self.tokens(batch.tensors["tokens"].reshape(-1))
@@ -71,7 +75,7 @@ class Layer(nn.Module):
         self.post = c.norm_placement == "post"
         self.p = c.dropout
         self.site = f"layers.{number}"
-        self.attention_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps)
+        self.attention_norm = _norm(spec, parallel)
         self.attention = Attention(
             parallel,
             width=c.hidden_size,
@@ -87,7 +91,7 @@ class Layer(nn.Module):
             init=init,
             out_init=out_init,
         )
-        self.mlp_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps)
+        self.mlp_norm = _norm(spec, parallel)
         self.mlp = MLP(
             parallel,
             width=c.hidden_size,
@@ -101,14 +105,18 @@ class Layer(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         if self.post:
-            x_TH = x_TH + batch.dropout(self.attention(x_TH, batch), self.p, f"{self.site}.attention")
-            x_TH = self.attention_norm(x_TH)
-            x_TH = x_TH + batch.dropout(self.mlp(x_TH), self.p, f"{self.site}.mlp")
-            normed: torch.Tensor = self.mlp_norm(x_TH)
-            return normed
+            x_TH, _ = self._join(self.attention(x_TH, batch), x_TH, batch, "attention", self.attention_norm)
+            x_TH, _ = self._join(self.mlp(x_TH), x_TH, batch, "mlp", self.mlp_norm)
+            return x_TH
         mixed = self.attention(self.attention_norm(x_TH), batch)
-        x_TH = x_TH + batch.dropout(mixed, self.p, f"{self.site}.attention")
-        return x_TH + batch.dropout(self.mlp(self.mlp_norm(x_TH)), self.p, f"{self.site}.mlp")
+        normed, x_TH = self._join(mixed, x_TH, batch, "attention", self.mlp_norm)
+        return x_TH + batch.dropout(self.mlp(normed), self.p, f"{self.site}.mlp")
+
+    def _join(
+        self, branch: torch.Tensor, x: torch.Tensor, batch: Microbatch, site: str, norm: LayerNorm | RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a branch to the residual stream: the norm of what comes of it, and that itself."""
+        return norm.add(batch.dropout(branch, self.p, f"{self.site}.{site}"), x)
 
 
 class Backbone(nn.Module):
@@ -131,7 +139,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleDict(
             {str(number): Layer(spec, parallel, number) for stage in stages for number in stage.layers}
         )
-        self.final_norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps) if c.final_norm and last else None
+        self.final_norm = _norm(spec, parallel) if c.final_norm and last else None
 
     def forward(self, batch: Microbatch, stage: Stage, x_TH: torch.Tensor | None) -> torch.Tensor:
         """One stage: from the tokens on the first, from the hidden vectors of the stage before on the others."""

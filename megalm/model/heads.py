@@ -25,7 +25,9 @@ class Transform(nn.Module):
         c = spec.cfg
         self.dense = ReplicatedLinear(parallel, c.hidden_size, c.hidden_size, init=Init("normal", c.init_std))
         self.activation = ACTIVATIONS[c.activation]
-        self.norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps, token_sharded=False)
+        self.norm = make_norm(
+            c.norm, parallel, c.hidden_size, c.norm_eps, token_sharded=False, kernels=spec.kernels
+        )
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.norm(self.activation(self.dense(x_TH)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from megalm.config.schema import Config, ModelConfig
 from megalm.errors import ConfigError, LayoutError
 from megalm.model.modules import module_parameters
+from megalm.ops.kernels import PLAIN, Kernels
 from megalm.parallel.mesh import layout_sizes
 from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import Coupling, HeadSpec, Needs
@@ -36,6 +37,8 @@ class ModelSpec:
     recompute: bool = False
     """Layers keep their input alone, and are computed again in backward."""
     modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
+    kernels: Kernels = PLAIN
+    """What it computes with."""
 
     def parameter_count(self) -> int:
         """Elements of all logical tensors."""

@@ -6,6 +6,9 @@ it as well, since it is the residual stream that goes on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,20 +33,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     return (wide * scale * (_wide(weight) + offset)).to(x.dtype)
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """The norm of ``x + residual``, and that sum."""
-    total = x + residual
-    return layer_norm(total, weight, bias, eps, offset=offset), total
+def added(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The ``add_`` form of a norm: ``(x, residual, ...)`` to the norm of their sum, and that sum."""
 
+    def add_norm(x: Tensor, residual: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return norm(total, *arguments, **keywords), total
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """The norm of ``x + residual``, and that sum."""
-    total = x + residual
-    return rms_norm(total, weight, eps, offset=offset), total
+    return add_norm
 
 
 def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -54,6 +51,11 @@ def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """:func:`rms_norm` by torch's operation."""
     return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
+
+
+add_layer_norm = added(layer_norm)
+add_rms_norm = added(rms_norm)
+torch_add_layer_norm = added(torch_layer_norm)
 
 
 def _wide(x: Tensor) -> Tensor:

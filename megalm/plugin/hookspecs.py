@@ -23,7 +23,7 @@ from megalm.plugin.component import KINDS, Component
 if TYPE_CHECKING:
     from megalm.plugin.contract.callback import RunInfo
 
-API_VERSION: tuple[int, int] = (1, 2)
+API_VERSION: tuple[int, int] = (1, 3)
 """(major, minor) of what plugins may rely on. A plugin declares ``MEGALM_API = (1, 0)``: it loads where the major is
 the same and its minor is not above ours."""
 PROJECT = "megalm"
@@ -118,7 +118,7 @@ class ComponentSpecs:
     @hookspec
     @_listing
     def megalm_kernels(self) -> Iterable[Component]:
-        """Implementations of fused operations."""
+        """Implementations of operations, chosen by name in ``[kernels]``: subclasses of KernelProvider."""
         return ()
 
     @hookspec

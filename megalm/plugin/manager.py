@@ -34,6 +34,7 @@ CONTRACTS = {
     "optimizers": "megalm.plugin.contract.optim:OptimizerPlugin",
     "lr_schedules": "megalm.plugin.contract.optim:LRSchedule",
     "callbacks": "megalm.plugin.contract.callback:Callback",
+    "kernels": "megalm.plugin.contract.kernels:KernelProvider",
     "pipeline_schedules": "megalm.plugin.contract.pipeline:PipelineSchedule",
 }
 """The class that components of a kind must subclass."""

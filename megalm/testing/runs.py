@@ -106,4 +106,4 @@ def make_run(
     resolved = load_run(
         folder, data, objective=objective, architecture=architecture, overrides=overrides, manager=manager
     )
-    return prepare_run(resolved, manager, world_size)
+    return prepare_run(resolved, manager, world_size, "cpu")

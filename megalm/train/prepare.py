@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megalm.config.load import Resolved
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
 from megalm.errors import ConfigError, DataError, PluginError, ScheduleError
+from megalm.model.kernels import kernel_requests
 from megalm.model.spec import ModelSpec, layout_problems, resolve_model
+from megalm.ops.choose import Decision, choose_kernels
 from megalm.pipeline.plan import Pipeline, make_pipeline
 from megalm.plugin.contract.callback import Callback
 from megalm.plugin.contract.objective import ObjectiveEnv
@@ -36,6 +38,8 @@ class Prepared:
     objective: TrainingObjective
     spec: ModelSpec
     pipeline: Pipeline
+    kernels: tuple[Decision, ...]
+    """What each operation of the model is computed by; none where nothing is going to be computed."""
     train: TokenStore
     validation: TokenStore
     optimizer: type[OptimizerPlugin]
@@ -62,11 +66,16 @@ class Prepared:
             "versions": {name: metadata.version(name) for name in ("megalm", "torch")},
             "tokenizer": self.tokenizer.identity,
             "data": self.data_identity,
+            "kernels": {decision.operation: decision.implementation for decision in self.kernels},
         }
 
 
-def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> Prepared:
-    """Build what the configuration names. Raises a UsageError with all that is wrong with one kind of thing."""
+def prepare_run(
+    resolved: Resolved, manager: PluginManager, world_size: int, device: Literal["cpu", "cuda"] | None = None
+) -> Prepared:
+    """Build what the configuration names, to run on a device, or only to look at. Raises a UsageError with all that is
+    wrong with one kind of thing.
+    """
     config = resolved.config
     data = Path(config.data.path)
     train, validation = TokenStore.open(data, "train"), TokenStore.open(data, "validation")
@@ -103,6 +112,11 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
         )
     except (PluginError, ScheduleError) as error:
         raise ConfigError([f"parallel.pp_schedule: {error}"]) from None
+    decisions: tuple[Decision, ...] = ()
+    if device is not None:
+        requests = kernel_requests(spec, device, config.train.precision)
+        kernels, decisions = choose_kernels(requests, config.kernels.model_dump(), manager)
+        spec = replace(spec, kernels=kernels)
     chosen = {key: manager.load_component(component) for key, component in resolved.components.items()}
     optimizer = ("optimizer", config.train.optimizer)
     schedule = ("lr_schedule", config.train.lr_schedule)
@@ -113,6 +127,7 @@ def prepare_run(resolved: Resolved, manager: PluginManager, world_size: int) -> 
         objective=objective,
         spec=spec,
         pipeline=pipeline,
+        kernels=decisions,
         train=train,
         validation=validation,
         optimizer=chosen[optimizer],

@@ -1,0 +1,175 @@
+"""Which implementation each operation of a run gets, and why.
+
+``auto`` takes the first of this order that serves: megalm's own kernels for the device, torch's operation, the
+reference. A name takes that one or refuses. Kernels of plugins are taken only by name: what a run computes with should
+not change because a package was installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megalm.errors import ConfigError, PluginError
+from megalm.ops import norm
+from megalm.ops.kernels import Kernels
+from megalm.ops.native.library import Absent, library
+from megalm.ops.native.norm import Norms
+from megalm.plugin.contract.kernels import OPERATIONS, KernelProvider, KernelRequest
+from megalm.plugin.manager import PluginManager
+
+Function = Callable[..., Any]
+AUTO = "auto"
+
+_TORCH: Mapping[str, Mapping[str, Function]] = {
+    "rms_norm": {"rms_norm": norm.torch_rms_norm},
+    "layer_norm": {"layer_norm": norm.torch_layer_norm},
+}
+_REFERENCE: Mapping[str, Mapping[str, Function]] = {
+    "rms_norm": {"rms_norm": norm.rms_norm},
+    "layer_norm": {"layer_norm": norm.layer_norm},
+}
+_NATIVE: Mapping[str, Callable[[str], object]] = {"rms_norm": Norms, "layer_norm": Norms}
+"""For each operation a class that has its functions, made for a namespace of torch's operations."""
+
+
+class Reference(KernelProvider):
+    """The references: any device, any dtype."""
+
+    def supports(self, request: KernelRequest) -> str | None:
+        return None
+
+    def functions(self, request: KernelRequest) -> Mapping[str, Function]:
+        return _REFERENCE[request.operation]
+
+
+class Torch(KernelProvider):
+    """torch's own operations."""
+
+    def supports(self, request: KernelRequest) -> str | None:
+        return None if request.operation in _TORCH else "torch has no such operation"
+
+    def functions(self, request: KernelRequest) -> Mapping[str, Function]:
+        return _TORCH[request.operation]
+
+
+class Native(KernelProvider):
+    """megalm's kernels for a device."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def supports(self, request: KernelRequest) -> str | None:
+        if request.device != self._device:
+            return f"the run is on {request.device}"
+        if request.dtype == "float64":
+            return "it computes in float32, and the run in float64"
+        if request.operation not in _NATIVE:
+            return "there is no such kernel"
+        found = library()
+        if isinstance(found, Absent):
+            return f"the kernels are not built: {found.reason}"
+        if self._device == "cuda" and not found.cuda:
+            return "the kernels were built without CUDA; see megalm doctor"
+        return None
+
+    def functions(self, request: KernelRequest) -> Mapping[str, Function]:
+        have = _NATIVE[request.operation]("megalm")
+        return {name: getattr(have, name) for name in OPERATIONS[request.operation]}
+
+
+BUILT_IN: Mapping[str, KernelProvider] = {
+    "cuda": Native("cuda"),
+    "cpu": Native("cpu"),
+    "torch": Torch(),
+    "reference": Reference(),
+}
+"""Implementations that megalm brings, in the order in which ``auto`` asks them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an operation computes with."""
+
+    operation: str
+    implementation: str
+    """A key of :data:`BUILT_IN`, or the component of a plugin."""
+    asked: str
+    """What the configuration says: ``auto``, or that name."""
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+    """Under ``auto``, what came before it in the order and why it does not serve."""
+
+    def __str__(self) -> str:
+        if self.asked != AUTO:
+            return f"{self.implementation} (asked for)"
+        over = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
+        return f"{self.implementation} ({over})" if over else self.implementation
+
+
+def choose_kernels(
+    requests: Iterable[KernelRequest], asked: Mapping[str, str], manager: PluginManager | None
+) -> tuple[Kernels, tuple[Decision, ...]]:
+    """The kernels for the requests and how each was chosen; ``asked``: a name for each operation, ``auto`` where it has
+    none. Operations that nobody requests keep their defaults. Raises ConfigError with everything that cannot be had.
+    """
+    functions: dict[str, Function] = {}
+    decisions, problems = [], []
+    for request in requests:
+        name = asked.get(request.operation, AUTO)
+        try:
+            decision, provider = _decide(request, name, manager)
+        except PluginError as error:
+            problems.append(f"kernels.{request.operation}: {error}")
+            continue
+        if isinstance(decision, str):
+            problems.append(f'kernels.{request.operation} = "{name}": {decision}')
+            continue
+        decisions.append(decision)
+        functions |= completed(request.operation, provider.functions(request))
+    if problems:
+        raise ConfigError(problems)
+    return Kernels(**functions), tuple(decisions)
+
+
+def _decide(
+    request: KernelRequest, name: str, manager: PluginManager | None
+) -> tuple[Decision | str, KernelProvider]:
+    if name != AUTO:
+        provider = provider_named(name, manager)
+        why = provider.supports(request)
+        return (why if why is not None else Decision(request.operation, name, name)), provider
+    passed: dict[str, str] = {}
+    for built_in, provider in BUILT_IN.items():
+        why = provider.supports(request)
+        if why is None:
+            # That a kernel is for the other device is no news.
+            news = {key: text for key, text in passed.items() if key not in ("cpu", "cuda") or key == request.device}
+            return Decision(request.operation, built_in, name, news), provider
+        passed[built_in] = why
+    raise AssertionError("the reference serves everything")
+
+
+def provider_named(name: str, manager: PluginManager | None) -> KernelProvider:
+    """An implementation of megalm's or of a plugin. Raises PluginError where there is none of that name."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if manager is None:
+        raise PluginError(f'no implementation is called "{name}": {AUTO}, {", ".join(BUILT_IN)}')
+    try:
+        provider: KernelProvider = manager.load_class("kernels", name)()
+    except PluginError as error:
+        raise PluginError(f"{error}; megalm itself has {', '.join(BUILT_IN)}") from error
+    return provider
+
+
+def completed(operation: str, functions: Mapping[str, Function]) -> dict[str, Function]:
+    """All functions of an operation, those left out made of the others."""
+    have = dict(functions)
+    for name in OPERATIONS[operation]:
+        if name not in have and name.startswith("add_"):
+            have[name] = norm.added(have[name.removeprefix("add_")])
+    missing = [name for name in OPERATIONS[operation] if name not in have]
+    if missing:
+        raise PluginError(f"the implementation of {operation} lacks {', '.join(missing)}")
+    return have

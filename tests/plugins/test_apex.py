@@ -1,0 +1,73 @@
+"""The apex plugin where there is no apex, where PyPI's other project is, and where NVIDIA's is (a stand-in)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalm.plugin.contract.kernels import KernelRequest
+from megalm.plugin.manager import PluginManager
+
+REQUEST = KernelRequest("rms_norm", "cuda", "bfloat16", {"width": 64})
+
+STAND_IN = """
+import torch
+def fused_rms_norm_affine(x, weight, shape, eps):
+    return torch.nn.functional.rms_norm(x, shape, weight, eps)
+def fused_layer_norm_affine(x, weight, bias, shape, eps):
+    return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+"""
+
+
+def _apex():  # type: ignore[no-untyped-def]
+    return PluginManager.for_launch(None).load_class("kernels", "apex")()
+
+
+def _package(root: Path, name: str, source: str = "") -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(source)
+    return folder
+
+
+def test_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = _apex().supports(REQUEST)
+    assert why is not None
+    assert "apex is not installed" in why
+    assert "github.com/NVIDIA/apex" in why
+
+
+def test_the_other_project_is_explained_and_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _package(tmp_path, "apex", "raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    why = _apex().supports(REQUEST)
+    assert why is not None
+    assert "not NVIDIA's" in why
+    assert "pip uninstall apex" in why
+    assert str(tmp_path) in why
+
+
+def test_without_its_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _package(_package(tmp_path, "apex"), "normalization")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "without its CUDA extensions" in _apex().supports(REQUEST)
+
+
+def test_serves_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = _package(_package(tmp_path, "apex"), "normalization")
+    (folder / "fused_layer_norm.py").write_text(STAND_IN)
+    (tmp_path / "fused_layer_norm_cuda.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    apex = _apex()
+    assert apex.supports(REQUEST) is None
+    assert "CUDA alone" in apex.supports(KernelRequest("rms_norm", "cpu", "float32"))
+    assert "float32" in apex.supports(KernelRequest("rms_norm", "cuda", "float64"))
+    assert "not for rope" in apex.supports(KernelRequest("rope", "cuda", "float32"))
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    found = apex.functions(REQUEST)["rms_norm"](x, weight, 1e-5, offset=1.0)
+    torch.testing.assert_close(found, torch.nn.functional.rms_norm(x, (64,), weight + 1, 1e-5))
+    layer = apex.functions(KernelRequest("layer_norm", "cuda", "float32"))["layer_norm"]
+    expected = torch.nn.functional.layer_norm(x, (64,), weight, None, 1e-5)
+    torch.testing.assert_close(layer(x, weight, None, 1e-5), expected)
