@@ -61,12 +61,31 @@ def dropout(x_TF: torch.Tensor, p: float, address: DropoutAddress, site: str) ->
     """Zero each value with probability ``p`` (to 1 / 65536) and scale the others by the inverse: same shape and
     dtype.
     """
-    threshold = min(round(p * 65536), 65535)
+    threshold = threshold_of(p)
     if threshold == 0:
         return x_TF
     keep = draws16(address, site, x_TF.shape[-1], x_TF.device) >= threshold
     # A scalar factor is not rounded to x's dtype: in bfloat16 a scaled mask would bias every mean.
     return (x_TF * keep) * (65536.0 / (65536 - threshold))
+
+
+def dropout_add(
+    x_TF: torch.Tensor,
+    residual_TF: torch.Tensor,
+    p: float,
+    address: DropoutAddress,
+    site: str,
+    bias_F: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``residual + dropout(x + bias)``, of ``x``'s dtype, computed in float32 at least and rounded once."""
+    wide = x_TF.to(torch.promote_types(x_TF.dtype, torch.float32))
+    dropped = dropout(wide if bias_F is None else wide + bias_F, p, address, site)
+    return (residual_TF + dropped).to(x_TF.dtype)
+
+
+def threshold_of(p: float) -> int:
+    """Of 65536 draws, how many drop: at least one is always kept."""
+    return min(round(p * 65536), 65535)
 
 
 def draws16(address: DropoutAddress, site: str, features: int, device: torch.device) -> torch.Tensor:

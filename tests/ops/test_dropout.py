@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.ops.dropout import (
@@ -18,6 +18,7 @@ from megalm.ops.dropout import (
     _torch_draws,
     draws16,
     dropout,
+    dropout_add,
     philox_4x64,
     row_spans,
 )
@@ -67,6 +68,7 @@ spans = st.tuples(st.integers(0, 2**40), st.integers(0, 3), st.integers(0, 50), 
 )
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**63 - 1),
     step=st.integers(0, 2**40),
@@ -78,6 +80,7 @@ def test_numpy_and_torch_draw_the_same_bits(seed: int, step: int, spans: list[Sp
     assert torch.equal(_numpy_draws(address, key, features), _torch_draws(address, key, features, CPU))
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(1, 3),
     length=st.integers(1, 9),
@@ -146,3 +149,27 @@ def test_probabilities_at_the_ends() -> None:
     x, address = torch.ones(2, 8), DropoutAddress(0, 0, (Span(0, 0, 0, 2),))
     assert dropout(x, 0.0, address, SITE) is x
     assert dropout(x, 0.9999999, address, SITE).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sum_with_residual(dtype: torch.dtype, biased: bool) -> None:
+    """In float64 it is the plain formula; in less it is rounded once."""
+    x, residual, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((6, 20), (6, 20), (20,)))
+    address, p = DropoutAddress(9, 1, row_spans([4, 5], 3, 0, 6)), 0.3
+    out = dropout_add(x, residual, p, address, SITE, bias if biased else None)
+    keep = draws16(address, SITE, 20, CPU) >= round(p * 65536)
+    scale = 65536 / (65536 - round(p * 65536))
+    truth = residual.double() + (x.double() + (bias.double() if biased else 0)) * keep * scale
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, truth.to(dtype), rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    out.sum().backward()
+    assert x.grad is not None
+    assert residual.grad is not None
+    torch.testing.assert_close(x.grad, (keep * scale).to(dtype))
+    assert torch.equal(residual.grad, torch.ones_like(residual))
+
+
+def test_sum_without_dropping() -> None:
+    x, address = torch.randn(2, 8), DropoutAddress(0, 0, (Span(0, 0, 0, 2),))
+    assert torch.equal(dropout_add(x, x, 0.0, address, SITE, x[0]), x + (x + x[0]))

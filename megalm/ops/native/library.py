@@ -19,10 +19,10 @@ from megalm.errors import UsageError
 from megalm.native import build
 from megalm.native.errors import BuildError
 from megalm.native.toolchain import find_toolkit
-from megalm.ops.native import norm
+from megalm.ops.native import dropout, norm
 
 NAMESPACE = "megalm"
-MODULES = (norm,)
+MODULES = (norm, dropout)
 """Modules that register operations."""
 
 
