@@ -83,14 +83,8 @@ __device__ __forceinline__ float row_reduce(float v, Op op, float* shared) {
   float* row = shared + threadIdx.y * warps;
   __syncthreads();  // an earlier call's values may still be read
   if (lane == 0) row[warp] = v;
-#ifndef MEGALM_PLANT_MISSING_BARRIER
   __syncthreads();
-#endif
-#ifdef MEGALM_PLANT_REDUCTION_WIDTH
-  v = lane < warps / 2 ? row[lane] : Op::identity();
-#else
   v = lane < warps ? row[lane] : Op::identity();
-#endif
   return warp_reduce(v, op);
 }
 

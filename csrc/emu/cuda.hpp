@@ -1,11 +1,10 @@
-// CUDA C++ on a processor: a fiber (ucontext) for each thread of a block, one block after the other.
+// CUDA C++ on a processor: a fiber for each thread of a block, one block after the other.
 //
 // Fibers go on in a new random order after each barrier (MEGALM_EMU_SEED), so that a missing one shows as a wrong result.
 // Shared memory is allocated array by array and filled with rubbish: what is read before it is written is a NaN, and
-// AddressSanitizer sees each array's ends. A barrier that not all threads reach ends the program with a message.
+// AddressSanitizer sees each array's ends. A barrier that not all threads reach, or not the same one, and a shuffle from
+// a lane that takes no part end the program with a message.
 #pragma once
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,13 +14,11 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <random>
+#include <mutex>
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "emu/fiber.hpp"
 
 #define __global__
 #define __device__
@@ -52,45 +49,57 @@ constexpr size_t kStack = 128 << 10;
 // Few, so that kernels which walk over rows with as many blocks as there are multiprocessors do walk.
 constexpr int kMultiprocessors = 3;
 
-enum class Wait { none, block, warp };
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
-  Wait wait = Wait::none;
-  unsigned generation = 0;
-  dim3 thread;
-  int number = 0;
-  void* fake_stack = nullptr;
-};
-
 struct Barrier {
   unsigned generation = 0, arrived = 0;
+  const char* file = nullptr;  // where the first to arrive waits
+  int line = 0;
+};
+
+struct Fiber {
+  Place place;
+  dim3 thread;
+  int number = 0;
+  bool done = false;
+  const Barrier* waits = nullptr;  // until its generation is another
+  unsigned generation = 0;
+  unsigned exchanges = 0;
+};
+
+// What a lane gives to the others of its warp. Two, in turn: a lane may be one exchange ahead of another, and no more.
+struct Offer {
+  uint64_t value = 0;
+  unsigned exchange = 0;
 };
 
 struct Block {
+  std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<Fiber> fibers;
+  std::vector<Fiber*> order;  // of those that are not done
+  size_t next = 0;
+  bool moved = false;
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<unsigned> warp_alive;
-  std::vector<uint64_t> exchanged;
+  std::vector<Offer> offers[2];
   std::map<std::pair<const char*, int>, std::unique_ptr<unsigned char[]>> arrays;
   std::unique_ptr<unsigned char[]> dynamic;
   size_t dynamic_bytes = 0;
-  ucontext_t scheduler;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_bytes = 0;
+  Place outside;
   Fiber* current = nullptr;
   dim3 index, size, grid;
   std::function<void()> body;
-  unsigned alive = 0;
+  uint64_t random = seed();
+  std::mutex launching;
+
+  static uint64_t seed() {
+    const char* given = std::getenv("MEGALM_EMU_SEED");
+    return 0x9E3779B97F4A7C15ull * (1 + static_cast<uint64_t>(given != nullptr ? std::atoll(given) : 0));
+  }
 };
 
-inline Block& block() {
-  static Block b;
-  return b;
-}
+inline Block the_block;
+
+inline Block& block() { return the_block; }
 
 inline cudaError_t& last_error() {
   static cudaError_t error = cudaSuccess;
@@ -122,110 +131,103 @@ T* dynamic() {
   return reinterpret_cast<T*>(block().dynamic.get());
 }
 
-inline void to_scheduler(Fiber& fiber, bool last) {
+// Which fiber goes on; none when all are done. A round takes each that can in random order.
+inline Fiber* choose() {
   Block& b = block();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, b.scheduler_stack, b.scheduler_stack_bytes);
-#else
-  (void)last;
-#endif
-  swapcontext(&fiber.context, &b.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
-#endif
-}
-
-inline void to_fiber(Fiber& fiber) {
-  Block& b = block();
-  b.current = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
-#endif
-  swapcontext(&b.scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
-}
-
-inline void arrive(Barrier& barrier, unsigned expected, Wait kind) {
-  Fiber& me = *block().current;
-  if (++barrier.arrived >= expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
+  for (;;) {
+    while (b.next < b.order.size()) {
+      Fiber* fiber = b.order[b.next++];
+      if (fiber->done || (fiber->waits != nullptr && fiber->waits->generation == fiber->generation)) continue;
+      b.moved = true;
+      return fiber;
+    }
+    b.order.erase(std::remove_if(b.order.begin(), b.order.end(), [](const Fiber* f) { return f->done; }), b.order.end());
+    if (b.order.empty()) return nullptr;
+    if (!b.moved) stop("a barrier that not all threads reach");
+    b.moved = false;
+    b.next = 0;
+    for (size_t i = b.order.size() - 1; i > 0; --i) {
+      b.random ^= b.random << 13, b.random ^= b.random >> 7, b.random ^= b.random << 17;
+      std::swap(b.order[i], b.order[(b.random >> 32) * (i + 1) >> 32]);
+    }
   }
-  me.wait = kind;
+}
+
+inline void wait_for(const Barrier& barrier) {
+  Block& b = block();
+  Fiber& me = *b.current;
+  me.waits = &barrier;
   me.generation = barrier.generation;
-  to_scheduler(me, false);
-  me.wait = Wait::none;
+  Fiber* other = choose();
+  if (other != &me) {
+    b.current = other;
+    me.place.go(other->place);
+  }
+  me.waits = nullptr;
+}
+
+inline void open(Barrier& barrier) {
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+inline void arrive(Barrier& barrier, unsigned expected) {
+  if (++barrier.arrived >= expected) open(barrier);
+  else wait_for(barrier);
 }
 
 inline int lane() { return block().current->number % kWarp; }
 inline int warp() { return block().current->number / kWarp; }
-inline void sync_block() { arrive(block().barrier, static_cast<unsigned>(block().fibers.size()), Wait::block); }
-inline void sync_warp() { arrive(block().warps[warp()], block().warp_alive[warp()], Wait::warp); }
+inline void sync_warp() { arrive(block().warps[warp()], block().warp_alive[warp()]); }
+
+inline void sync_block(const char* file, int line) {
+  Barrier& barrier = block().barrier;
+  if (barrier.arrived == 0) barrier.file = file, barrier.line = line;
+  else if (barrier.line != line || std::strcmp(barrier.file, file) != 0) stop("threads wait at different barriers");
+  arrive(barrier, static_cast<unsigned>(block().fibers.size()));
+}
 
 inline void fiber_main() {
   Block& b = block();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_bytes);
-#endif
-  b.body();
   Fiber& me = *b.current;
+  me.place.arrived(&b.outside);
+  b.body();
   me.done = true;
-  --b.alive;
-  --b.warp_alive[me.number / kWarp];
-  to_scheduler(me, true);
-}
-
-inline bool runnable(const Fiber& fiber) {
-  const Block& b = block();
-  if (fiber.done) return false;
-  if (fiber.wait == Wait::block) return b.barrier.generation != fiber.generation;
-  if (fiber.wait == Wait::warp) return b.warps[fiber.number / kWarp].generation != fiber.generation;
-  return true;
+  Barrier& warp = b.warps[me.number / kWarp];
+  // Lanes that have ended are not waited for.
+  if (--b.warp_alive[me.number / kWarp] == warp.arrived && warp.arrived > 0) open(warp);
+  Fiber* other = choose();
+  b.current = other;
+  me.place.go(other != nullptr ? other->place : b.outside, true);
+  std::abort();
 }
 
 inline void run_block() {
   Block& b = block();
-  static std::mt19937 random(std::getenv("MEGALM_EMU_SEED") ? std::atoi(std::getenv("MEGALM_EMU_SEED")) : 1);
   const size_t threads = static_cast<size_t>(b.size.x) * b.size.y * b.size.z;
   const size_t warps = (threads + kWarp - 1) / kWarp;
-  b.fibers.resize(threads);
+  while (b.stacks.size() < threads) b.stacks.emplace_back(new char[kStack]);
+  b.fibers.assign(threads, Fiber());
+  b.order.clear();
   b.barrier = {};
   b.warps.assign(warps, {});
   b.warp_alive.assign(warps, 0);
-  b.exchanged.assign(warps * kWarp, 0);
+  for (auto& offers : b.offers) offers.assign(warps * kWarp, {});
   b.arrays.clear();
   b.dynamic = rubbish(b.dynamic_bytes);
-  b.alive = static_cast<unsigned>(threads);
-  std::vector<size_t> order(threads);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = b.fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-    fiber.done = false;
-    fiber.wait = Wait::none;
     fiber.number = static_cast<int>(i);
     fiber.thread = dim3(i % b.size.x, i / b.size.x % b.size.y, i / b.size.x / b.size.y);
     ++b.warp_alive[i / kWarp];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-    order[i] = i;
+    fiber.place.start(b.stacks[i].get(), kStack, fiber_main);
+    b.order.push_back(&fiber);
   }
-  while (b.alive > 0) {
-    std::shuffle(order.begin(), order.end(), random);
-    bool moved = false;
-    for (const size_t i : order) {
-      if (!runnable(b.fibers[i])) continue;
-      to_fiber(b.fibers[i]);
-      moved = true;
-    }
-    if (!moved) stop("a barrier that not all threads reach");
-  }
+  b.outside = Place();
+  b.next = b.order.size();
+  b.moved = true;
+  b.current = choose();
+  b.outside.go(b.current->place);
 }
 
 template <class K, class... A>
@@ -236,6 +238,7 @@ void launch(K kernel, dim3 grid, dim3 size, size_t shared_bytes, A... args) {
     last_error() = cudaErrorInvalidConfiguration;
     return;
   }
+  const std::lock_guard<std::mutex> one_at_a_time(b.launching);
   b.size = size;
   b.grid = grid;
   b.dynamic_bytes = shared_bytes;
@@ -253,11 +256,16 @@ template <class T>
 T exchange(T value, int from) {
   static_assert(sizeof(T) <= 8, "at most eight bytes");
   Block& b = block();
-  std::memcpy(&b.exchanged[b.current->number], &value, sizeof(T));
+  Fiber& me = *b.current;
+  auto& offers = b.offers[++me.exchanges % 2];
+  Offer& mine = offers[me.number];
+  std::memcpy(&mine.value, &value, sizeof(T));
+  mine.exchange = me.exchanges;
   sync_warp();
+  const Offer& other = offers[me.number / kWarp * kWarp + from];
+  if (other.exchange != me.exchanges) stop("a shuffle from a lane that takes no part in it");
   T result;
-  std::memcpy(&result, &b.exchanged[warp() * kWarp + from], sizeof(T));
-  sync_warp();
+  std::memcpy(&result, &other.value, sizeof(T));
   return result;
 }
 
@@ -267,7 +275,7 @@ T exchange(T value, int from) {
 #define blockIdx (::emu::block().index)
 #define blockDim (::emu::block().size)
 #define gridDim (::emu::block().grid)
-#define __syncthreads() ::emu::sync_block()
+#define __syncthreads() ::emu::sync_block(__FILE__, __LINE__)
 #define __syncwarp(...) ::emu::sync_warp()
 
 template <class T>
