@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ RECORD = "build.json"
 
 def compile_targets(targets: Sequence[Target], out: Path, tools: Toolchain, record: dict[str, object]) -> None:
     """Make the libraries in ``out``, then their record. Raises BuildError with what the compiler said."""
+    out = out.resolve()  # ninja runs in another folder
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as name:
         folder = Path(name)
@@ -31,7 +33,8 @@ def compile_targets(targets: Sequence[Target], out: Path, tools: Toolchain, reco
             [*command, f"-j{jobs}"] if jobs else command, capture_output=True, text=True, check=False
         )
         if ended.returncode != 0:
-            raise BuildError(f"the compiler refused:\n{_failures(ended.stdout)}{ended.stderr}".rstrip())
+            said = f"{_failures(ended.stdout)}{ended.stderr}".rstrip()
+            raise BuildError(f"the compiler or linker failed (status {ended.returncode}):\n{said}")
         for target in targets:
             os.replace(folder / f"{target.name}.so", out / f"{target.name}.so")
         kept = folder / RECORD
@@ -64,8 +67,6 @@ def _escape_path(path: str) -> str:
 
 
 def _quote(word: str) -> str:
-    import shlex
-
     return shlex.quote(word).replace("$", "$$")
 
 
@@ -84,4 +85,7 @@ def _stub_of_torch_cuda(targets: Sequence[Target], tools: Toolchain, folder: Pat
         empty.write_text("", encoding="utf-8")
         compiler = shutil.which("cc") or tools.cxx
         stub = [compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(empty)]
-        subprocess.run([*stub, "-o", str(folder / "libtorch_cuda.so")], check=True, capture_output=True)
+        stub += ["-o", str(folder / "libtorch_cuda.so")]
+        ended = subprocess.run(stub, capture_output=True, text=True, check=False)
+        if ended.returncode != 0:
+            raise BuildError(f"{compiler} cannot link a shared library:\n{ended.stderr}".rstrip())

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.native import processor
 from megalm.native.errors import BuildError
 from megalm.native.toolchain import Toolchain
 
@@ -62,10 +63,15 @@ def architectures() -> tuple[str, ...]:
 
 
 def march() -> list[str]:
-    """The processor that is compiled for: x86-64-v3 (AVX2, servers since 2013), or what MEGALM_MARCH names."""
+    """The processor that is compiled for: what MEGALM_MARCH names, else x86-64-v3 (AVX2, servers since 2013) where this
+    one is that, else the compiler's default.
+    """
+    given = os.environ.get("MEGALM_MARCH")
+    if given:
+        return [f"-march={given}"]
     if platform.machine() != "x86_64":
-        return [f"-march={os.environ['MEGALM_MARCH']}"] if "MEGALM_MARCH" in os.environ else []
-    return [f"-march={os.environ.get('MEGALM_MARCH', 'x86-64-v3')}"]
+        return []
+    return ["-march=x86-64" if processor.lacking("x86-64-v3") else "-march=x86-64-v3"]
 
 
 def cpu_target(tools: Toolchain, csrc: Path) -> Target:

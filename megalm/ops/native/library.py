@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from megalm.errors import UsageError
-from megalm.native import build
+from megalm.native import build, processor
 from megalm.native.errors import BuildError
 from megalm.native.toolchain import find_toolkit
 from megalm.ops.native import dropout, norm
@@ -32,9 +31,15 @@ class Library:
 
     folder: Path
     origin: Literal["installation", "cache"]
-    cuda: bool
-    """CUDA's implementations are there too."""
+    without_cuda: str | None
+    """Why CUDA's implementations are not there; none where they are."""
     record: dict[str, Any]
+    """Of the build: see megalm.native.build."""
+
+    @property
+    def cuda(self) -> bool:
+        """CUDA's implementations are there too."""
+        return self.without_cuda is None
 
 
 @dataclass(frozen=True)
@@ -64,35 +69,57 @@ def library() -> Library | Absent:
 
 
 def _load() -> Library:
-    folder = build.installed()
-    origin: Literal["installation", "cache"] = "installation"
-    # A library without CUDA's part, or of another processor, does not serve here.
-    if folder is None or not _serves(folder):
-        folder, origin = build.cached(), "cache"
-    record = build.read_record(folder) or {}
-    check_processor(record.get("march", ""))
+    folder, origin, record = _find()
+    march = str(record.get("march", ""))
+    if lacking := processor.lacking(march):
+        raise BuildError(f"{folder} was built for {march}, and this processor lacks {', '.join(lacking)}")
     torch.ops.load_library(str(folder / "_cpu.so"))
-    cuda = torch.version.cuda is not None and (folder / "_cuda.so").exists()
-    if cuda:
-        torch.ops.load_library(str(folder / "_cuda.so"))
+    without_cuda = _load_cuda(folder, record)
     register(NAMESPACE)
-    return Library(folder, origin, cuda, record)
+    return Library(folder, origin, without_cuda, record)
 
 
-def _serves(folder: Path) -> bool:
-    has_cuda = (folder / "_cuda.so").exists()
-    return has_cuda or torch.version.cuda is None or find_toolkit() is None
+def _find() -> tuple[Path, Literal["installation", "cache"], dict[str, Any]]:
+    """The installation's libraries, or those of the cache where these do not serve or have less than could be built."""
+    kept = build.installed()
+    if not isinstance(kept, str) and (_without_cuda(kept) is None or not _toolkit_fits()):
+        return build.INSTALLED, "installation", kept
+    try:
+        folder = build.cached()
+    except BuildError as error:
+        if isinstance(kept, str):
+            raise BuildError(f"{kept}, and nothing can be built now: {error}") from error
+        return build.INSTALLED, "installation", {**kept, "without_cuda": str(error)}
+    return folder, "cache", build.read_record(folder) or {}
 
 
-def check_processor(march: str) -> None:
-    """BuildError where this processor lacks what the library was compiled for, instead of an illegal instruction."""
-    if platform.machine() == "x86_64" and "x86-64-v3" in march:
-        capability = torch.backends.cpu.get_cpu_capability()
-        if capability not in ("AVX2", "AVX512", "AVX512_BF16", "AMX"):
-            raise BuildError(
-                f"the library was compiled for processors with AVX2, and this one has {capability}; "
-                "set MEGALM_MARCH=x86-64 to build another"
-            )
+def _without_cuda(record: dict[str, Any]) -> str | None:
+    """Why a build has no CUDA library for this torch; none where it has, or where torch has no use for one."""
+    if torch.version.cuda is None:
+        return None
+    if "_cuda" not in record.get("libraries", ()):
+        return str(record.get("without_cuda"))
+    if build.major(record["cuda"]) != build.major(torch.version.cuda):
+        return f"it was built with CUDA {record['cuda']}, and torch with {torch.version.cuda}"
+    return None
+
+
+def _toolkit_fits() -> bool:
+    toolkit = find_toolkit()
+    return toolkit is not None and build.major(toolkit.version) == build.major(str(torch.version.cuda))
+
+
+def _load_cuda(folder: Path, record: dict[str, Any]) -> str | None:
+    """Load CUDA's implementations, or say why not."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if (reason := _without_cuda(record)) is not None:
+        return reason
+    try:
+        torch.ops.load_library(str(folder / "_cuda.so"))
+    except OSError as error:  # the processor's part is not worse for it
+        return str(error)
+    return None
 
 
 def register(namespace: str) -> None:
