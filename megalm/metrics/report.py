@@ -145,7 +145,7 @@ def render(run: Run, drawings: Sequence[Drawing] = ()) -> str:
         '<div class="charts">' + "".join(_chart_card(chart) for chart in charts) + "</div>",
         *map(_drawing_card, drawings),
         f'<div class="facts">{_sample(run)}',
-        f'<div class="stack">{_layout(run)}{_plugins(run)}</div>{_provenance(run)}</div>',
+        f'<div class="stack">{_layout(run)}{_kernels(run)}{_plugins(run)}</div>{_provenance(run)}</div>',
         _config(run),
     ]
     assets = resources.files("megalm.metrics") / "assets"
@@ -343,6 +343,15 @@ def _provenance(run: Run) -> str:
     facts |= {f"baseline: {name}": f"{value:.4f}" for name, value in (run.summary.get("baselines") or {}).items()}
     facts |= run.summary.get("versions") or {}
     return f'<section class="card"><h2>Provenance</h2>{_table(facts)}</section>' if facts else ""
+
+
+def _kernels(run: Run) -> str:
+    """What each operation was computed by, and what might have been expected instead."""
+    rows = {}
+    for operation, found in (run.summary.get("kernels") or {}).items():
+        why = "; ".join(f"not {name}: {reason}" for name, reason in found["passed_over"].items())
+        rows[operation] = f"{found['implementation']} ({why})" if why else found["implementation"]
+    return f'<section class="card"><h2>Kernels</h2>{_table(rows)}</section>' if rows else ""
 
 
 def _plugins(run: Run) -> str:

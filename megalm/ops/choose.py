@@ -100,6 +100,10 @@ class Decision:
     passed_over: Mapping[str, str] = field(default_factory=dict)
     """Under ``auto``, what came before it in the order and why it does not serve."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """All but the operation, as JSON values."""
+        return {"implementation": self.implementation, "asked": self.asked, "passed_over": dict(self.passed_over)}
+
     def __str__(self) -> str:
         if self.asked != AUTO:
             return f"{self.implementation} (asked for)"

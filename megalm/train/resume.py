@@ -77,7 +77,9 @@ def _choose(prepared: Prepared, warn: Callable[[str], None]) -> Path | None:
     for complaint in complaints:
         warn(f"damaged checkpoint passed over: {complaint}")
     if folder is not None:
-        _check_identity(folder, read_manifest(folder), {**identity(prepared), **own_identity(prepared)})
+        manifest = read_manifest(folder)
+        _check_identity(folder, manifest, {**identity(prepared), **own_identity(prepared)})
+        _compare_kernels(folder, manifest, prepared, warn)
         for newer in complete_checkpoints(root):
             if newer > folder:
                 set_aside(newer)
@@ -96,6 +98,18 @@ def _choose(prepared: Prepared, warn: Callable[[str], None]) -> Path | None:
             "there is nothing left to train"
         )
     return folder
+
+
+def _compare_kernels(folder: Path, manifest: Manifest, prepared: Prepared, warn: Callable[[str], None]) -> None:
+    """Warn where an operation is computed by another implementation from here on."""
+    before = {name: found["implementation"] for name, found in manifest.state.get("kernels", {}).items()}
+    for decision in prepared.kernels:
+        name, now = decision.operation, decision.implementation
+        if before.get(name, now) != now:
+            warn(
+                f"{name} was computed by {before[name]} up to {folder.name} and is by {now} from here on, so that the last "
+                f'digits differ from those of a run that went on undisturbed (kernels.{name} = "{before[name]}" keeps it)'
+            )
 
 
 def _check_identity(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> None:

@@ -302,6 +302,7 @@ class Trainer:
             "device": str(self.parallel.device),
             "versions": {"megalm": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "plugins": self.prepared.manager.fingerprint(),
+            "kernels": {decision.operation: decision.as_dict() for decision in self.prepared.kernels},
         }
 
     def _heading(self) -> dict[str, object]:
@@ -314,5 +315,6 @@ class Trainer:
             "objective": self.objective.name,
             "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
             "layout": layout,
+            "kernels": ", ".join(f"{d.operation} {d.implementation}" for d in self.prepared.kernels),
             "data": f"{self.prepared.train.num_tokens:,} training tokens in {self.config.data.path}",
         }

@@ -48,6 +48,7 @@ def make_run(folder: Path, steps: int = 60, hostile: str = "") -> Path:
     summary |= {"weights_sha256": "ab" * 32, "layout": {"tp": 2, "sp": True, "dp": 2}, "device": "cpu" + hostile}
     plugin = {"dist": "megalm-p", "version": "1.5", "sha256": "cd" * 32}
     summary |= {"versions": {"torch": "2.13.0"}, "plugins": {"p" + hostile: plugin}}
+    summary |= {"kernels": {"rms_norm": {"implementation": "torch", "passed_over": {"cpu": "no compiler" + hostile}}}}
     summary |= {"baselines": {"unigram": 3.34, "bigram": 2.48}, "warnings": ["mind the gap" + hostile]}
     write_summary(folder, summary)
     return write_report(folder)
@@ -86,7 +87,7 @@ def test_it_holds_the_run(tmp_path: Path) -> None:
     page = Page(make_run(tmp_path))
     for part in ("2.1512", "0.33 below bigram", "21.03k", "2:35", "mlm+nsp", "tp=2 sp dp=2", "To be, or not"):
         assert part in page.text
-    for part in ("mind the gap", "megalm-p 1.5 cdcdcdcdcdcd"):
+    for part in ("mind the gap", "megalm-p 1.5 cdcdcdcdcdcd", "torch (not cpu: no compiler"):
         assert part in page.text
     for part in ("adamw.betas", "[0.9, 0.95]", "dp 1 · tp 1", "finished", "torch", "ab" * 32):
         assert part in page.text

@@ -29,6 +29,6 @@ def prepare(tmp_path: Path, store: Path, manager: PluginManager) -> Callable[...
 
     def make(objective: str = "causal_lm", *overrides: str, **more: Any) -> Prepared:
         kinds = {"objective": objective, "architecture": "gpt2" if objective == "causal_lm" else "bert"}
-        return make_run(tmp_path, store, **kinds, overrides=overrides, manager=manager, **more)
+        return make_run(tmp_path, store, **(kinds | more), overrides=overrides, manager=manager)
 
     return make

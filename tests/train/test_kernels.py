@@ -1,0 +1,71 @@
+"""A run computes with the kernels that were chosen for it, says which, and notices when they change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalm.ops import choose
+from megalm.ops.native.library import Absent, library
+from megalm.parallel.mesh import single_rank
+from megalm.train.prepare import Prepared
+from megalm.train.trainer import Trainer
+
+
+def _losses(prepared: Prepared) -> list[float]:
+    Trainer(prepared, single_rank()).run()
+    lines = (prepared.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def _summary(prepared: Prepared) -> dict[str, object]:
+    found: dict[str, object] = json.loads((prepared.run_dir / "summary.json").read_text())
+    return found
+
+
+@pytest.mark.skipif(isinstance(library(), Absent), reason="the kernels are not built here")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_native_kernels_train_as_the_references_do(
+    prepare: Callable[..., Prepared], tmp_path: Path, architecture: str
+) -> None:
+    objective = "mlm" if architecture == "bert" else "causal_lm"
+    losses = {}
+    for name in ("cpu", "reference"):
+        prepared = prepare(
+            objective,
+            *("train.precision=float32", "model.dropout=0.1", f"run.dir={tmp_path / name}"),
+            *(f"kernels.{operation}={name}" for operation in choose.OPERATIONS),
+            architecture=architecture,
+        )
+        assert {decision.implementation for decision in prepared.kernels} == {name}
+        losses[name] = _losses(prepared)
+        kernels = _summary(prepared)["kernels"]
+        assert isinstance(kernels, dict)
+        assert {found["implementation"] for found in kernels.values()} == {name}
+        assert "Kernels" in (prepared.run_dir / "report.html").read_text()
+    assert losses["cpu"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["cpu"] != losses["reference"]
+
+
+def test_a_change_on_resume_is_said(
+    prepare: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.precision=float32", f"run.dir={tmp_path / 'run'}", "checkpoint.every=2")
+    first = prepare("causal_lm", *settings, "kernels.layer_norm=reference", "train.steps=2")
+    _losses(first)
+    again = prepare("causal_lm", *settings, "kernels.layer_norm=torch", "train.steps=4", "run.allow_changed_config=true")
+    _losses(again)
+    (warning,) = _summary(again)["warnings"]  # type: ignore[misc]
+    assert "layer_norm was computed by reference" in warning
+    assert 'kernels.layer_norm = "reference" keeps it' in warning
+
+
+def test_float64_needs_no_library(prepare: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Absent:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(choose, "library", refuse)
+    assert prepare("causal_lm").kernels[0].implementation in ("torch", "reference")
