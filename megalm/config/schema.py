@@ -76,6 +76,8 @@ class KernelsConfig(Settings):
     """Root-mean-square normalisation, with or without the residual addition before it."""
     layer_norm: str = "auto"
     """Layer normalisation, with or without the residual addition before it."""
+    dropout: str = "auto"
+    """Dropout by address, with or without the residual addition after it."""
 
 
 class ModelConfig(Settings):

@@ -36,6 +36,7 @@ class Embedding(nn.Module):
         c = spec.cfg
         init = Init("normal", c.init_std)
         self.p = c.dropout
+        self.kernels = spec.kernels
         self.tokens = VocabParallelEmbedding(
             parallel, spec.vocab_size, c.hidden_size, init, "owner" if tied else None
         )
@@ -52,7 +53,7 @@ class Embedding(nn.Module):
             x_TH = self.positions(x_TH, batch)
         if self.norm is not None:
             x_TH = self.norm(x_TH)
-        return batch.dropout(x_TH, self.p, "embedding")
+        return batch.dropout(x_TH, self.p, "embedding", self.kernels)
 
 
 class TiedEmbedding(nn.Module):
@@ -74,6 +75,7 @@ class Layer(nn.Module):
         out_init = Init("normal", c.init_std / math.sqrt(2 * c.layers) if c.scaled_init else c.init_std)
         self.post = c.norm_placement == "post"
         self.p = c.dropout
+        self.kernels = spec.kernels
         self.site = f"layers.{number}"
         self.attention_norm = _norm(spec, parallel)
         self.attention = Attention(
@@ -110,13 +112,16 @@ class Layer(nn.Module):
             return x_TH
         mixed = self.attention(self.attention_norm(x_TH), batch)
         normed, x_TH = self._join(mixed, x_TH, batch, "attention", self.mlp_norm)
-        return x_TH + batch.dropout(self.mlp(normed), self.p, f"{self.site}.mlp")
+        return batch.dropout_add(self.mlp(normed), x_TH, self.p, f"{self.site}.mlp", self.kernels)
 
     def _join(
         self, branch: torch.Tensor, x: torch.Tensor, batch: Microbatch, site: str, norm: LayerNorm | RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a branch to the residual stream: the norm of what comes of it, and that itself."""
-        return norm.add(batch.dropout(branch, self.p, f"{self.site}.{site}"), x)
+        if not batch.drops(self.p):
+            return norm.add(branch, x)
+        total = batch.dropout_add(branch, x, self.p, f"{self.site}.{site}", self.kernels)
+        return norm(total), total
 
 
 class Backbone(nn.Module):

@@ -12,4 +12,7 @@ from megalm.plugin.contract.kernels import KernelRequest
 
 def kernel_requests(spec: ModelSpec, device: Literal["cpu", "cuda"], precision: Precision) -> Iterator[KernelRequest]:
     """One request for each operation that ``[kernels]`` may choose and this model computes."""
-    yield KernelRequest(spec.cfg.norm, device, precision, {"width": spec.cfg.hidden_size})
+    width = {"width": spec.cfg.hidden_size}
+    yield KernelRequest(spec.cfg.norm, device, precision, width)
+    if spec.cfg.dropout:
+        yield KernelRequest("dropout", device, precision, width)

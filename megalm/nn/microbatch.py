@@ -9,6 +9,7 @@ import torch
 
 from megalm.errors import ObjectiveError
 from megalm.ops.dropout import DropoutAddress, dropout, row_spans
+from megalm.ops.kernels import Kernels
 from megalm.parallel.collectives import token_shard
 from megalm.parallel.mesh import ParallelContext
 
@@ -28,9 +29,25 @@ class Microbatch:
     full_address: DropoutAddress | None
     """The same for all tokens."""
 
-    def dropout(self, x_TF: torch.Tensor, p: float, site: str) -> torch.Tensor:
-        """Dropout of activations of this rank's tokens; identity in evaluation."""
-        return x_TF if p == 0.0 or self.shard_address is None else dropout(x_TF, p, self.shard_address, site)
+    def drops(self, p: float) -> bool:
+        """Whether dropout of this probability does anything: not in evaluation."""
+        return p > 0.0 and self.shard_address is not None
+
+    def dropout(self, x_TF: torch.Tensor, p: float, site: str, kernels: Kernels) -> torch.Tensor:
+        """Dropout of activations of this rank's tokens."""
+        if not self.drops(p):
+            return x_TF
+        dropped: torch.Tensor = kernels.dropout(x_TF, p, self.shard_address, site)
+        return dropped
+
+    def dropout_add(
+        self, x_TF: torch.Tensor, residual_TF: torch.Tensor, p: float, site: str, kernels: Kernels
+    ) -> torch.Tensor:
+        """The same, added to the residual stream."""
+        if not self.drops(p):
+            return residual_TF + x_TF
+        total: torch.Tensor = kernels.dropout_add(x_TF, residual_TF, p, self.shard_address, site)
+        return total
 
     def row_dropout(self, x: torch.Tensor, p: float, site: str) -> torch.Tensor:
         """Dropout of vectors that every rank holds: (rows, F), or (rows, n, F) for n places in each row. A plugin chose

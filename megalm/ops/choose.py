@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalm.errors import ConfigError, PluginError
-from megalm.ops import norm
+from megalm.ops import dropout, norm
 from megalm.ops.kernels import Kernels
+from megalm.ops.native.dropout import Dropouts
 from megalm.ops.native.library import Absent, library
 from megalm.ops.native.norm import Norms
 from megalm.plugin.contract.kernels import OPERATIONS, KernelProvider, KernelRequest
@@ -29,8 +30,9 @@ _TORCH: Mapping[str, Mapping[str, Function]] = {
 _REFERENCE: Mapping[str, Mapping[str, Function]] = {
     "rms_norm": {"rms_norm": norm.rms_norm},
     "layer_norm": {"layer_norm": norm.layer_norm},
+    "dropout": {"dropout": dropout.dropout, "dropout_add": dropout.dropout_add},
 }
-_NATIVE: Mapping[str, Callable[[str], object]] = {"rms_norm": Norms, "layer_norm": Norms}
+_NATIVE: Mapping[str, Callable[[str], object]] = {"rms_norm": Norms, "layer_norm": Norms, "dropout": Dropouts}
 """For each operation a class that has its functions, made for a namespace of torch's operations."""
 
 
@@ -70,8 +72,8 @@ class Native(KernelProvider):
         found = library()
         if isinstance(found, Absent):
             return f"the kernels are not built: {found.reason}"
-        if self._device == "cuda" and not found.cuda:
-            return "the kernels were built without CUDA; see megalm doctor"
+        if self._device == "cuda" and found.without_cuda is not None:
+            return f"the kernels are not built for CUDA: {found.without_cuda}"
         return None
 
     def functions(self, request: KernelRequest) -> Mapping[str, Function]:

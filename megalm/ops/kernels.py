@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megalm.ops import dropout as dropouts
 from megalm.ops import norm
 
 Function = Callable[..., Any]
@@ -23,6 +24,8 @@ class Kernels:
     add_rms_norm: Function = norm.add_rms_norm
     layer_norm: Function = norm.torch_layer_norm
     add_layer_norm: Function = norm.torch_add_layer_norm
+    dropout: Function = dropouts.dropout
+    dropout_add: Function = dropouts.dropout_add
 
 
 PLAIN = Kernels()

@@ -107,8 +107,8 @@ def _compare_kernels(folder: Path, manifest: Manifest, prepared: Prepared, warn:
         name, now = decision.operation, decision.implementation
         if before.get(name, now) != now:
             warn(
-                f"{name} was computed by {before[name]} up to {folder.name} and is by {now} from here on, so that the last "
-                f'digits differ from those of a run that went on undisturbed (kernels.{name} = "{before[name]}" keeps it)'
+                f"{name} was computed by {before[name]} up to {folder.name} and is by {now} from here on: last digits "
+                f'differ from those of a run that was not interrupted (kernels.{name} = "{before[name]}" keeps it)'
             )
 
 

@@ -17,7 +17,8 @@ from megalm.ops.native.library import Absent, Library
 from megalm.plugin.contract.kernels import OPERATIONS, KernelRequest
 from megalm.plugin.manager import PluginManager
 
-BUILT = Library(Path(), "cache", cuda=True, record={})
+BUILT = Library(Path(), "cache", without_cuda=None, record={})
+WITHOUT_CUDA = Library(Path(), "cache", without_cuda="no nvcc", record={})
 
 
 def _chosen(request: KernelRequest, name: str = "auto", manager: PluginManager | None = None) -> Decision:
@@ -30,7 +31,7 @@ def _chosen(request: KernelRequest, name: str = "auto", manager: PluginManager |
     [
         ("cpu", "float32", BUILT, "cpu"),
         ("cuda", "bfloat16", BUILT, "cuda"),
-        ("cuda", "bfloat16", Library(Path(), "cache", cuda=False, record={}), None),
+        ("cuda", "bfloat16", WITHOUT_CUDA, None),
         ("cpu", "float32", Absent("no C++ compiler"), None),
         ("cpu", "float64", BUILT, None),
     ],

@@ -56,7 +56,8 @@ def test_a_change_on_resume_is_said(
     settings = ("train.precision=float32", f"run.dir={tmp_path / 'run'}", "checkpoint.every=2")
     first = prepare("causal_lm", *settings, "kernels.layer_norm=reference", "train.steps=2")
     _losses(first)
-    again = prepare("causal_lm", *settings, "kernels.layer_norm=torch", "train.steps=4", "run.allow_changed_config=true")
+    changed = ("kernels.layer_norm=torch", "train.steps=4", "run.allow_changed_config=true")
+    again = prepare("causal_lm", *settings, *changed)
     _losses(again)
     (warning,) = _summary(again)["warnings"]  # type: ignore[misc]
     assert "layer_norm was computed by reference" in warning

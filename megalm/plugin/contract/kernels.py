@@ -14,6 +14,7 @@ from typing import Any, Literal
 OPERATIONS: Mapping[str, tuple[str, ...]] = {
     "rms_norm": ("rms_norm", "add_rms_norm"),
     "layer_norm": ("layer_norm", "add_layer_norm"),
+    "dropout": ("dropout", "dropout_add"),
 }
 """Operations that ``[kernels]`` chooses for, and the functions of each. Signatures are those of the references in
 ``megalm.ops``; a provider may leave out what follows from the others (``add_``: the sum, then the norm)."""
