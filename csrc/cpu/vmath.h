@@ -1,8 +1,8 @@
 // Elementary functions of float, of which the compiler makes vectors: no branch, no call, no table.
 //
-// The mathematical library's functions keep a loop scalar. These are polynomials and selections. Errors are at
-// most 1.5 units in the last place, of sigmoid 2.25, over all floats and denormal results too; infinities and NaNs go in and come out as IEEE has them.
-// Polynomials are minimax fits of the quotient that the comment beside each names.
+// The mathematical library's functions keep a loop scalar. These are polynomials and selections. Errors are at most
+// 1.5 units in the last place, of sigmoid 2.25, over all floats, denormal results too; infinities and NaNs go in and come
+// out as IEEE has them. Polynomials are minimax fits of the quotient that the comment beside each names.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,5 @@
-"""Rotary position embedding, half-split (GPT-NeoX, LLaMA): feature i turns with feature i + D / 2.
+"""Rotary position embedding: half-split (GPT-NeoX, LLaMA), where feature i turns with feature i + R / 2, or interleaved
+(GPT-J), where 2i turns with 2i + 1. R features of a head turn, those after them are copied.
 
 (Su et al., "RoFormer", 2021.) One fused autograd function: the rotation's adjoint is the opposite rotation, so nothing
 but the angles is kept for the backward.
@@ -23,28 +24,55 @@ def rope_angles(
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, interleaved)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    out_first, out_second = out.chunk(2, dim=-1)
+def _partners(x: torch.Tensor, rotary_dim: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if interleaved:
+        return x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
+    return x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    rotary_dim = 2 * cos.shape[-1]
+    # In 16 bits each product would be rounded before the sum is.
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    out = torch.empty_like(wide)
+    first, second = _partners(wide, rotary_dim, interleaved)
+    out_first, out_second = _partners(out, rotary_dim, interleaved)
     torch.mul(first, cos, out=out_first)
     out_first.addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second)
     out_second.addcmul_(first, sin)
-    return out
+    out[..., rotary_dim:] = wide[..., rotary_dim:]
+    return out.to(x.dtype)
 
 
-def rope(x_BSND: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x`` (batch, seq, heads, head_dim) by the angles of its positions (seq, head_dim / 2)."""
-    out: torch.Tensor = _Rotate.apply(x_BSND, cos_SD[:, None], sin_SD[:, None])
+def rope(
+    x_BSND: torch.Tensor,
+    cos_SD: torch.Tensor,
+    sin_SD: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Rotate ``x`` (batch, seq, heads, head_dim) by the angles of its positions, each (seq, rotary_dim / 2).
+
+    ``rotary_dim`` is at most head_dim; cosines and sines are float32 or of ``x``'s dtype. ``positions``, (seq) or
+    (batch, seq) in int64, names their rows for each place, from 0 on; the tables may then be longer than seq. The
+    compiled operation, which cannot raise from a device, gives NaN at positions that the tables do not have.
+    """
+    if positions is None:
+        cos, sin = cos_SD[:, None], sin_SD[:, None]
+    else:
+        cos, sin = cos_SD[positions].unsqueeze(-2), sin_SD[positions].unsqueeze(-2)
+    out: torch.Tensor = _Rotate.apply(x_BSND, cos, sin, interleaved)
     return out

@@ -57,3 +57,48 @@ def test_scores_depend_on_the_distance_only() -> None:
 def test_angles_of_bfloat16_are_computed_in_float32() -> None:
     cos, _ = rope_angles(torch.tensor([1001]), 2, 1.0, torch.bfloat16)
     torch.testing.assert_close(cos, torch.tensor([[1001.0]]).cos().bfloat16())
+
+
+def test_interleaved_pairs_are_complex_numbers() -> None:
+    x = torch.randn(B, S, N, D, dtype=torch.float64)
+    cos, sin = rope_angles(torch.arange(S), D, 100.0, x.dtype)
+    turned = torch.view_as_complex(x.view(B, S, N, D // 2, 2)) * torch.complex(cos, sin)[:, None]
+    found = rope(x, cos, sin, interleaved=True)
+    torch.testing.assert_close(found, torch.view_as_real(turned).flatten(-2), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_features_after_the_rotary_ones_are_copied(interleaved: bool) -> None:
+    x = torch.randn(B, S, N, D + 3, dtype=torch.float64)
+    cos, sin = rope_angles(torch.arange(S), D, 100.0, x.dtype)
+    found = rope(x, cos, sin, interleaved=interleaved)
+    assert torch.equal(found[..., D:], x[..., D:])
+    assert torch.equal(found[..., :D], rope(x[..., :D], cos, sin, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradcheck_of_part_of_a_head(interleaved: bool) -> None:
+    x = torch.randn(2, 3, 2, 7, dtype=torch.float64, requires_grad=True)
+    cos, sin = rope_angles(torch.arange(9), 4, 100.0, x.dtype)
+    positions = torch.tensor([[0, 8, 2], [3, 3, 1]])
+    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin, positions=positions, interleaved=interleaved), (x,))
+
+
+def test_positions_name_rows_of_the_tables() -> None:
+    x = torch.randn(B, 4, N, D, dtype=torch.float64)
+    cos, sin = rope_angles(torch.arange(30), D, 100.0, x.dtype)
+    one, each = torch.tensor([0, 1, 28, 29]), torch.tensor([[5, 4, 3, 2], [0, 0, 29, 7]])
+    assert torch.equal(rope(x, cos, sin, positions=one), rope(x, cos[one], sin[one]))
+    found = rope(x, cos, sin, positions=each)
+    for b in range(B):
+        assert torch.equal(found[b : b + 1], rope(x[b : b + 1], cos[each[b]], sin[each[b]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide_angles", [False, True])
+def test_16_bits_are_rounded_once(dtype: torch.dtype, wide_angles: bool) -> None:
+    x = torch.randn(B, 64, N, D).to(dtype)
+    cos, sin = rope_angles(torch.arange(64), D, 100.0, torch.float32 if wide_angles else dtype)
+    found = rope(x, cos, sin)
+    assert found.dtype == dtype
+    assert (found != rope(x.double(), cos.double(), sin.double()).to(dtype)).double().mean() < 0.01

@@ -18,10 +18,10 @@ from megalm.errors import UsageError
 from megalm.native import build, processor
 from megalm.native.errors import BuildError
 from megalm.native.toolchain import find_toolkit
-from megalm.ops.native import dropout, norm
+from megalm.ops.native import activation, dropout, norm, rope
 
 NAMESPACE = "megalm"
-MODULES = (norm, dropout)
+MODULES = (norm, dropout, activation, rope)
 """Modules that register operations."""
 
 

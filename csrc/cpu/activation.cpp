@@ -1,0 +1,190 @@
+// Gated and biased activations on the processor: one pass over stretches of rows, in vectors.
+#include "include/activation.h"
+
+#include <type_traits>
+
+#include "cpu/parallel.h"
+#include "cpu/types.h"
+#include "cpu/vmath.h"
+
+namespace megalm::cpu {
+namespace {
+
+// Each has its value at x, and its derivative there times g.
+struct Gelu {
+  static float cdf(float x) { return 0.5f * (1.f + erf(x * 0.707106781f)); }
+  static float value(float x) { return x * cdf(x); }
+  static float gradient(float x, float g) { return g * (cdf(x) + x * (0.398942280f * exp(-0.5f * x * x))); }
+};
+
+// (1 + tanh(u)) / 2 is sigmoid(2 u).
+struct GeluTanh {
+  static constexpr float kScale = 1.59576912f;  // 2 sqrt(2 / pi)
+  static constexpr float kCube = 0.044715f;
+  static float part(float x) { return sigmoid(kScale * (x + kCube * x * x * x)); }
+  static float value(float x) { return x * part(x); }
+  static float gradient(float x, float g) {
+    const float s = part(x);
+    return g * (s + x * (s * (1.f - s)) * (kScale * (1.f + 3.f * kCube * x * x)));
+  }
+};
+
+struct Silu {
+  static float value(float x) { return x * sigmoid(x); }
+  static float gradient(float x, float g) {
+    const float s = sigmoid(x);
+    return g * (s * (1.f + x * (1.f - s)));
+  }
+};
+
+// A NaN passes, and so does its gradient.
+struct Relu {
+  static float value(float x) { return x < 0.f ? 0.f : x; }
+  static float gradient(float x, float g) { return x <= 0.f ? 0.f : g; }
+};
+
+template <class F>
+int with_kind(int32_t kind, const F& f) {
+  switch (kind) {
+    case MEGALM_GELU: f(Gelu{}); return 0;
+    case MEGALM_GELU_TANH: f(GeluTanh{}); return 0;
+    case MEGALM_SILU: f(Silu{}); return 0;
+    case MEGALM_RELU: f(Relu{}); return 0;
+    default: return 1;
+  }
+}
+
+template <class F>
+int with_dtype_and_kind(int32_t dtype, int32_t kind, const F& f) {
+  int status = 0;
+  const int known = with_dtype(dtype, [&](auto element) { status = with_kind(kind, [&](auto act) { f(element, act); }); });
+  return known != 0 ? known : status;
+}
+
+constexpr int64_t kPiece = 8192;  // columns that are a thread's work
+
+// Calls f(row, begin, end) for stretches of columns.
+template <class F>
+void over_pieces(int64_t rows, int64_t cols, const F& f) {
+  const int64_t pieces = (cols + kPiece - 1) / kPiece;
+  parallel(rows * pieces, std::min(cols, kPiece), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = i / pieces, begin = (i - row * pieces) * kPiece;
+      f(row, begin, std::min(cols, begin + kPiece));
+    }
+  });
+}
+
+template <class T, class Act>
+void gated_forward(const MegalmGatedForward& a) {
+  over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
+    const T* gate = static_cast<const T*>(a.x) + 2 * row * a.cols;
+    const T* up = gate + a.cols;
+    T* y = static_cast<T*>(a.y) + row * a.cols;
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) store(y + j, Act::value(load(gate[j])) * load(up[j]));
+  });
+}
+
+template <class T, class Act>
+void gated_backward(const MegalmGatedBackward& a) {
+  over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
+    const T* gate = static_cast<const T*>(a.x) + 2 * row * a.cols;
+    const T* up = gate + a.cols;
+    const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
+    T* dgate = static_cast<T*>(a.dx) + 2 * row * a.cols;
+    T* dup = dgate + a.cols;
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) {
+      const float x = load(gate[j]), g = load(dy[j]), u = load(up[j]);
+      store(dup + j, g * Act::value(x));
+      store(dgate + j, Act::gradient(x, g * u));
+    }
+  });
+}
+
+template <class T, class Act>
+void biased_forward(const MegalmBiasActivationForward& a) {
+  over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
+    const T* x = static_cast<const T*>(a.x) + row * a.cols;
+    const T* bias = static_cast<const T*>(a.bias);
+    T* y = static_cast<T*>(a.y) + row * a.cols;
+    if (bias != nullptr) {
+#pragma omp simd
+      for (int64_t j = begin; j < end; ++j) store(y + j, Act::value(load(x[j]) + load(bias[j])));
+    } else {
+#pragma omp simd
+      for (int64_t j = begin; j < end; ++j) store(y + j, Act::value(load(x[j])));
+    }
+  });
+}
+
+template <class T, class Act>
+void plain_backward(const MegalmBiasActivationBackward& a) {
+  over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
+    const T* x = static_cast<const T*>(a.x) + row * a.cols;
+    const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
+    T* dx = static_cast<T*>(a.dx) + row * a.cols;
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) store(dx + j, Act::gradient(load(x[j]), load(dy[j])));
+  });
+}
+
+template <class T, class Act>
+void biased_backward(const MegalmBiasActivationBackward& a) {
+  const int64_t n = a.cols;
+  const T* bias = static_cast<const T*>(a.bias);
+  // Which rows make which partial sum is fixed by the shape, so that the result does not depend on who computes it.
+  torch::stable::parallel_for(0, a.partials, 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) {
+      float* partial = a.partial + p * n;
+      std::fill(partial, partial + n, 0.f);
+      for (int64_t row = a.rows * p / a.partials; row < a.rows * (p + 1) / a.partials; ++row) {
+        const T* x = static_cast<const T*>(a.x) + row * n;
+        const T* dy = static_cast<const T*>(a.dy) + row * n;
+        T* dx = static_cast<T*>(a.dx) + row * n;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) {
+          const float d = Act::gradient(load(x[j]) + load(bias[j]), load(dy[j]));
+          partial[j] += d;
+          store(dx + j, d);
+        }
+      }
+    }
+  });
+  for (int64_t p = 1; p < a.partials; ++p)
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) a.partial[j] += a.partial[p * n + j];
+  for (int64_t j = 0; j < n; ++j) store(static_cast<T*>(a.dbias) + j, a.partial[j]);
+}
+
+}  // namespace
+}  // namespace megalm::cpu
+
+extern "C" int megalm_cpu_gated_forward(const MegalmGatedForward* a, void*) {
+  using namespace megalm::cpu;
+  return with_dtype_and_kind(a->dtype, a->kind, [a](auto t, auto act) { gated_forward<decltype(t), decltype(act)>(*a); });
+}
+
+extern "C" int megalm_cpu_gated_backward(const MegalmGatedBackward* a, void*) {
+  using namespace megalm::cpu;
+  return with_dtype_and_kind(a->dtype, a->kind, [a](auto t, auto act) { gated_backward<decltype(t), decltype(act)>(*a); });
+}
+
+extern "C" int megalm_cpu_bias_activation_forward(const MegalmBiasActivationForward* a, void*) {
+  using namespace megalm::cpu;
+  return with_dtype_and_kind(a->dtype, a->kind, [a](auto t, auto act) { biased_forward<decltype(t), decltype(act)>(*a); });
+}
+
+extern "C" int megalm_cpu_bias_activation_backward(const MegalmBiasActivationBackward* a, void*) {
+  using namespace megalm::cpu;
+  return with_dtype_and_kind(a->dtype, a->kind, [a](auto t, auto act) {
+    if (a->bias != nullptr) biased_backward<decltype(t), decltype(act)>(*a);
+    else plain_backward<decltype(t), decltype(act)>(*a);
+  });
+}
+
+extern "C" int64_t megalm_cpu_bias_activation_partials(int64_t rows, int64_t) {
+  // Of 64 rows at least, that the sums cost little, and no more than are worth their memory.
+  return std::max<int64_t>(1, std::min<int64_t>(64, rows / 64));
+}
