@@ -47,10 +47,16 @@ $(VENV)/.installed-dev: $(VENV)/.made $(INPUTS)
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
+# Not at the first training, where it would look like a hang. Without a compiler it says so, and torch computes.
+$(VENV)/.native: $(VENV)/.installed $(shell find csrc megalm/native -type f -not -name '*.pyc' -not -path '*/lib/*')
+	@echo "Building native code (the first time takes a minute or two)"
+	@$(BIN)/megalm doctor --build
+	@touch $@
+
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
-quickstart: $(VENV)/.installed
+quickstart: $(VENV)/.native
 	@test -e $(DATA)/manifest.json || $(BIN)/megalm data prepare examples/data/shakespeare.txt --tokenizer byte --out $(DATA)
 	@$(BIN)/megalm data baselines $(DATA)
 	@$(BIN)/torchrun --nproc-per-node 2 -m megalm.launch examples/quickstart.toml
@@ -59,10 +65,10 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/python scripts/typecheck.py
 
-test: lint
+test: lint $(VENV)/.native
 	@$(BIN)/python -m pytest
 
-proof: lint
+proof: lint $(VENV)/.native
 	@MEGALM_PROOF=full $(BIN)/python -m pytest
 
 clean:

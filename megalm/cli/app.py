@@ -13,6 +13,7 @@ import typer
 
 from megalm.cli.check_plugin import check_plugin
 from megalm.cli.config import config
+from megalm.cli.doctor import doctor
 from megalm.cli.lazy import lazy_group
 from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
@@ -34,6 +35,7 @@ app.command()(new_plugin)
 app.command()(config)
 app.command()(plan)
 app.command()(schedule)
+app.command()(doctor)
 app.add_typer(
     typer.Typer(
         name="data",

@@ -122,6 +122,7 @@ def _cxx(tools: Toolchain, csrc: Path) -> list[str]:
         *_FLOATS,
         *_WARNINGS,
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f"-ffile-prefix-map={csrc.parent}/=",  # libraries name no folder of the machine that built them
         # torch's own headers may warn.
         *("-isystem", str(tools.torch.root / "include")),
         f"-I{csrc}",

@@ -1,4 +1,4 @@
-"""Libraries built at first use: once for all who ask, whole or not at all, and failures that say all there is to say."""
+"""Libraries built at first use: once for all who ask, whole or not at all; failures say all there is to say."""
 
 from __future__ import annotations
 
