@@ -11,7 +11,7 @@ from megalm.nn.linear import ZERO, ReplicatedLinear
 from megalm.nn.module import ParallelModule
 from megalm.nn.norm import make_norm
 from megalm.ops.activation import ACTIVATIONS
-from megalm.ops.cross_entropy import linear_cross_entropy
+from megalm.ops.linear_cross_entropy import linear_cross_entropy
 from megalm.parallel.collectives import copy_to_tensor_region, enter_tensor_region, replicate_tokens
 from megalm.parallel.layout import Init, Shard, even_ranges
 from megalm.parallel.mesh import ParallelContext

@@ -1,116 +1,241 @@
-"""Linear projection and cross-entropy over a vocabulary that is divided among ranks; logits are never all in memory.
+"""Cross-entropy over a vocabulary that is divided among ranks: its statistics, its gradient, and what combines them.
 
-Tokens go through in chunks. A chunk's logits become exponentials in place; two small all-reduces (maximum; sum of
-exponentials with the target's logit) give the exact softmax statistics over the whole vocabulary. Where one chunk holds
-all tokens its exponentials are kept for the backward, otherwise they are computed again there.
+Two kernels do what touches every logit, each in one pass: :func:`statistics` reads a rank's logits, :func:`gradient_`
+overwrites them with the gradient. All between is arithmetic on a few numbers for each token, and two small all-reduces
+(maximum; rescaled sums), so that kernels know nothing of ranks. The functions here are the references of the kernels.
+
+The loss of a token is F.cross_entropy's with label smoothing e, of the whole vocabulary's V logits z, plus the z-loss:
+
+    lse(z) - (1 - e) z[label] - e mean(z) + c lse(z)^2
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megalm.errors import UsageError
 from megalm.parallel.comm import Group
 
-CHUNK_BYTES = 128 << 20
-"""Largest size of a chunk's logits."""
+MAXIMUM, SUM, TARGET, TOTAL = range(4)
+"""Rows of the statistics."""
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def statistics(logits: Tensor, labels: Tensor, first_row: int, *, total: bool) -> Tensor:
+    """(4, tokens) in float32 (float64 for float64): each token's largest logit, its sum of exp(logit - largest), the
+    label's logit, and the sum of logits if ``total`` (else 0).
+
+    ``logits`` (tokens, rows) are those of the vocabulary from ``first_row`` on. A label that lies elsewhere has logit
+    0. Without rows, or where all logits are -inf, the largest is -inf and the sum of exponentials 0. A NaN shows in the
+    sum; the largest may be that of the other logits.
+    """
+    wide = logits.to(wide_dtype(logits.dtype))
+    out = wide.new_zeros((4, wide.shape[0]))
+    if wide.shape[1] == 0:
+        out[MAXIMUM] = -math.inf
+        return out
+    top = wide.amax(dim=-1)
+    out[MAXIMUM] = top
+    out[SUM] = (wide - top.masked_fill(top == -math.inf, 0.0)[:, None]).exp().sum(dim=-1)
+    local, mine = _local(labels, first_row, wide.shape[1])
+    out[TARGET] = wide.gather(1, local[:, None]).squeeze(1).masked_fill(~mine, 0.0)
+    if total:
+        out[TOTAL] = wide.sum(dim=-1)
+    return out
+
+
+def gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    first_row: int,
+    maximum: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    *,
+    smooth: float,
+    confidence: float,
+) -> None:
+    """Overwrite each token's logits z with factor exp(z - maximum) - scale (smooth + confidence [is the label]).
+
+    ``maximum``, ``factor``, ``scale`` are (tokens,) of the statistics' dtype. Where ``scale`` is 0 the gradient is 0,
+    whatever the logits are.
+    """
+    wide = logits.to(maximum.dtype)
+    grad = (wide - maximum[:, None]).exp() * factor[:, None] - (scale * smooth)[:, None]
+    if wide.shape[1] > 0:
+        local, mine = _local(labels, first_row, wide.shape[1])
+        grad.scatter_add_(1, local[:, None], -(scale * confidence * mine)[:, None])
+    logits.copy_(grad.masked_fill_((scale == 0)[:, None], 0.0))
+
+
+def _local(labels: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+    local = labels - first_row
+    return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and losses are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class CrossEntropyKernels:
+    """What touches every logit; signatures and meaning of this module's functions."""
+
+    statistics: Callable[..., Tensor] = statistics
+    gradient_: Callable[..., None] = gradient_
+
+
+REFERENCE = CrossEntropyKernels()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a token; see the module's formula."""
+
+    vocab_size: int
+    """Of all ranks together."""
+    ignore: int = -100
+    """The label of tokens without a loss."""
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise UsageError(f"label_smoothing is from 0 to 1; found {self.label_smoothing}")
+        if not self.z_loss >= 0.0:
+            raise UsageError(f"z_loss is at least 0; found {self.z_loss}")
+
+    @property
+    def total(self) -> bool:
+        """Whether the sum of logits is needed."""
+        return self.label_smoothing > 0.0
+
+    def losses(self, stats: Tensor, labels: Tensor) -> Tensor:
+        """(tokens,) from the whole vocabulary's statistics: 0 at ignored labels, NaN at labels that do not exist."""
+        top, log = stats[MAXIMUM], stats[SUM].log()
+        out = log + (1.0 - self.label_smoothing) * (top - stats[TARGET])
+        if self.total:
+            out += self.label_smoothing * (top - stats[TOTAL] / self.vocab_size)
+        if self.z_loss:
+            out += self.z_loss * (top + log).square()
+        out = out.masked_fill_((labels < 0) | (labels >= self.vocab_size), math.nan)
+        return out.masked_fill_(labels == self.ignore, 0.0)
+
+    def differentiate_(
+        self,
+        kernels: CrossEntropyKernels,
+        logits: Tensor,
+        labels: Tensor,
+        first_row: int,
+        stats: Tensor,
+        grad: Tensor | None,
+    ) -> None:
+        """Overwrite ``logits`` with their gradient, given the losses' (None: of ones)."""
+        scored = labels != self.ignore
+        scale = scored.to(stats.dtype) if grad is None else grad.to(stats.dtype) * scored
+        factor = scale / stats[SUM]
+        if self.z_loss:
+            factor *= 1.0 + 2.0 * self.z_loss * (stats[MAXIMUM] + stats[SUM].log())
+        smooth = self.label_smoothing / self.vocab_size
+        kernels.gradient_(
+            logits,
+            labels,
+            first_row,
+            stats[MAXIMUM],
+            factor,
+            scale,
+            smooth=smooth,
+            confidence=1.0 - self.label_smoothing,
+        )
+
+
+def no_statistics(tokens: int, like: Tensor) -> Tensor:
+    """What :func:`merge` leaves other statistics as they are with."""
+    out = like.new_zeros((4, tokens), dtype=wide_dtype(like.dtype))
+    out[MAXIMUM] = -math.inf
+    return out
+
+
+def merge(one: Tensor, other: Tensor) -> Tensor:
+    """Statistics of two parts of the vocabulary together."""
+    top = torch.fmax(one[MAXIMUM], other[MAXIMUM])
+    out = _rescaled(one, top) + _rescaled(other, top)
+    out[MAXIMUM] = top
+    return out
+
+
+def combine(stats: Tensor, group: Group | None, *, total: bool) -> Tensor:
+    """Statistics of the whole vocabulary from those of each rank's rows: two all-reduces."""
+    if group is None or group.alone:
+        return stats
+    top = group.all_reduce(stats[MAXIMUM].clone(), "max")
+    out = _rescaled(stats, top)
+    out[MAXIMUM] = top
+    group.all_reduce(out[SUM:] if total else out[SUM:TOTAL])
+    return out
+
+
+def _rescaled(stats: Tensor, top: Tensor) -> Tensor:
+    """Sums of exponentials relative to ``top``."""
+    out = stats.clone()
+    out[SUM] *= (stats[MAXIMUM] - top).masked_fill_(stats[MAXIMUM] == -math.inf, -math.inf).exp_()
+    return out
+
+
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        h_TH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        labels_T: torch.Tensor,
+        logits: Tensor,
+        labels: Tensor,
         first_row: int,
-        ignore: int,
-        vocab_size: int,
-        group: Group,
-    ) -> torch.Tensor:
-        wide = torch.float64 if h_TH.dtype == torch.float64 else torch.float32
-        tokens, rows = h_TH.shape[0], weight_VH.shape[0]
-        # Ranks must agree on the chunks, and may hold different numbers of rows.
-        most_rows = -(-vocab_size // group.size)
-        chunk = max(1, min(tokens, CHUNK_BYTES // (wide.itemsize * most_rows)))
-        scored = labels_T != ignore
-        local = labels_T - first_row
-        mine = scored & (local >= 0) & (local < rows)
-        local = local.clamp(0, max(0, rows - 1))
-        stats = h_TH.new_empty((2, tokens), dtype=wide)
-        losses = h_TH.new_empty(tokens, dtype=wide)
-        kept = None
-        # At least one chunk, so that ranks whose rows score nothing say what the others say.
-        for start in range(0, max(1, tokens), chunk):
-            part = slice(start, start + chunk)
-            logits = F.linear(h_TH[part], weight_VH, bias_V).to(wide)
-            top = group.all_reduce(logits.amax(dim=-1), "max")
-            target = (logits.gather(1, local[part, None]).squeeze(1) - top) * mine[part]
-            exponentials = logits.sub_(top[:, None]).exp_()
-            both = group.all_reduce(torch.stack((exponentials.sum(dim=-1), target)))
-            stats[0, part], stats[1, part] = top, both[0]
-            losses[part] = (both[0].log() - both[1]) * scored[part]
-            kept = exponentials if chunk >= tokens else None
-        ctx.save_for_backward(h_TH, weight_VH, bias_V, local, mine, scored, stats)
-        ctx.chunk = chunk
-        ctx.kept = kept
-        return losses
+        loss: Loss,
+        group: Group | None,
+        kernels: CrossEntropyKernels,
+        overwrite: bool,
+    ) -> Tensor:
+        stats = combine(kernels.statistics(logits, labels, first_row, total=loss.total), group, total=loss.total)
+        ctx.save_for_backward(logits, labels, stats)
+        ctx.rest = first_row, loss, kernels, overwrite
+        return loss.losses(stats, labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        h_TH, weight_VH, bias_V, local, mine, scored, stats = ctx.saved_tensors
-        # The exponentials become the gradient in place, so a second backward has to compute them again.
-        kept, ctx.kept = ctx.kept, None
-        grad_h = torch.empty_like(h_TH)
-        grad_weight = None
-        grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=stats.dtype)
-        scale = grad_T * scored
-        for start in range(0, h_TH.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            if kept is None:
-                logits = F.linear(h_TH[part], weight_VH, bias_V).to(stats.dtype)
-                exponentials = logits.sub_(stats[0, part, None]).exp_()
-            else:
-                exponentials = kept
-            grad_logits = exponentials.mul_((scale[part] / stats[1, part])[:, None])
-            grad_logits.scatter_add_(1, local[part, None], -(scale[part] * mine[part])[:, None])
-            grad_logits = grad_logits.to(h_TH.dtype)
-            torch.mm(grad_logits, weight_VH, out=grad_h[part])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-            if grad_weight is None:
-                grad_weight = grad_logits.t() @ h_TH[part]
-            elif grad_weight.dtype == grad_logits.dtype == stats.dtype:
-                grad_weight.addmm_(grad_logits.t(), h_TH[part])
-            else:
-                # Chunks are added in float32: in bfloat16 the sum of many would lose what the products have.
-                grad_weight = grad_weight.to(stats.dtype).add_(grad_logits.t() @ h_TH[part])
-        if grad_weight is None:
-            grad_weight = torch.zeros_like(weight_VH)
-        grad_bias = None if bias_V is None or grad_bias is None else grad_bias.to(bias_V.dtype)
-        return grad_h, grad_weight.to(weight_VH.dtype), grad_bias, None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, stats = ctx.saved_tensors
+        first_row, loss, kernels, overwrite = ctx.rest
+        out = logits if overwrite else logits.clone(memory_format=torch.contiguous_format)
+        loss.differentiate_(kernels, out, labels, first_row, stats, grad)
+        return out, None, None, None, None, None, None
 
 
-def linear_cross_entropy(
-    h_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    labels_T: torch.Tensor,
-    group: Group,
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    group: Group | None = None,
     *,
-    vocab_size: int,
-    bias_V: torch.Tensor | None = None,
+    vocab_size: int | None = None,
     first_row: int = 0,
     ignore: int = -100,
-) -> torch.Tensor:
-    """-log softmax(h W^T + b)[label] for each token: (T,) in float32 (float64 for float64), 0 at ignored labels.
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    overwrite: bool = False,
+    kernels: CrossEntropyKernels = REFERENCE,
+) -> Tensor:
+    """The loss of each token: (tokens,) in float32 (float64 for float64), 0 at ignored labels, NaN at labels outside
+    the vocabulary.
 
-    ``weight_VH`` and ``bias_V`` are this rank's rows of the vocabulary, from ``first_row`` on; ``labels_T`` are ids
-    of the whole vocabulary. The gradient of ``h_TH`` is this rank's part of a sum over ``group``.
+    ``logits`` (tokens, rows) are of this rank's rows of the vocabulary, from ``first_row`` on; ``labels`` (tokens,)
+    int64 are ids of the whole vocabulary of ``vocab_size`` (rows, if not given). With ``overwrite`` the backward leaves
+    the gradient in the logits' own memory: nothing else may need them, and a second backward is an error.
     """
-    out: torch.Tensor = _LinearCrossEntropy.apply(
-        h_TH, weight_VH, bias_V, labels_T, first_row, ignore, vocab_size, group
-    )
+    loss = Loss(logits.shape[1] if vocab_size is None else vocab_size, ignore, label_smoothing, z_loss)
+    out: Tensor = _CrossEntropy.apply(logits, labels, first_row, loss, group, kernels, overwrite)
     return out

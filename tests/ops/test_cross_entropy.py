@@ -1,145 +1,159 @@
-"""Linear cross-entropy against F.cross_entropy of whole logits, in one chunk and in many."""
+"""Cross-entropy of logits, whole and in shards, against F.cross_entropy."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-import megalm.ops.cross_entropy as module
-from megalm.ops.cross_entropy import linear_cross_entropy
+from megalm.errors import UsageError
+from megalm.ops.cross_entropy import Loss, cross_entropy, merge, no_statistics, statistics
 from megalm.parallel.layout import even_ranges
-from megalm.parallel.mesh import ParallelContext, single_rank
+from megalm.parallel.mesh import ParallelContext
 from megalm.testing.processes import run_processes
 
-T, V, H = 23, 11, 6
-GROUP = single_rank().tp
+T, V = 13, 7
+OPTIONS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 1e-2), (1.0, 0.0)]
 
 
-def inputs(seed: int, bias: bool, tokens: int = T, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    torch.manual_seed(seed)
-    out = [torch.randn(tokens, H, dtype=dtype), torch.randn(V, H, dtype=dtype)]
-    return [t.requires_grad_() for t in out + ([torch.randn(V, dtype=dtype)] if bias else [])]
-
-
-def labels_for(tokens: int = T) -> torch.Tensor:
-    labels = torch.randint(V, (tokens,))
+def drawn(seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(V, (T,), generator=draw)
     labels[::4] = -100
-    return labels
+    return torch.randn(T, V, generator=draw, dtype=torch.float64).mul_(scale).requires_grad_(), labels
 
 
-@pytest.fixture(params=[1, 5, 10**9], ids=["a token a chunk", "several chunks", "one chunk"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", request.param * V * 8)
+def truth(logits: Tensor, labels: Tensor, smoothing: float, z_loss: float) -> Tensor:
+    out = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    return out + z_loss * logits.logsumexp(dim=-1).square() * (labels != -100)
 
 
-@pytest.mark.usefixtures("chunked")
-@pytest.mark.parametrize("bias", [False, True])
-def test_equals_torch(bias: bool) -> None:
-    found, expected = inputs(0, bias), inputs(0, bias)
-    labels, weights = labels_for(), torch.rand(T, dtype=torch.float64)
-    losses = linear_cross_entropy(*found[:2], labels, GROUP, vocab_size=V, bias_V=found[2] if bias else None)
-    truth = F.cross_entropy(F.linear(*expected), labels, reduction="none")
-    torch.testing.assert_close(losses, truth, rtol=1e-12, atol=1e-12)
-    assert losses[::4].eq(0).all()
-    (losses * weights).sum().backward()
-    (truth * weights).sum().backward()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize(("smoothing", "z_loss"), OPTIONS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_equals_torch(smoothing: float, z_loss: float, overwrite: bool) -> None:
+    logits, labels = drawn()
+    weights = torch.rand(T, dtype=torch.float64)
+    expected = truth(logits, labels, smoothing, z_loss)
+    (true_grad,) = torch.autograd.grad((expected * weights).sum(), logits)
+    copy = (logits * 1.0) if overwrite else logits
+    found = cross_entropy(copy, labels, label_smoothing=smoothing, z_loss=z_loss, overwrite=overwrite)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad((found * weights).sum(), logits)
+    torch.testing.assert_close(grad, true_grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("chunked")
-def test_gradcheck() -> None:
-    h, weight, bias = inputs(1, True, tokens=5)
-    labels = torch.tensor([0, V - 1, -100, 3, 3])
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_cross_entropy(h, w, labels, GROUP, vocab_size=V, bias_V=b), (h, weight, bias)
-    )
+def test_overwritten_logits_cannot_serve_twice() -> None:
+    logits, labels = drawn()
+    copy = logits * 1.0
+    loss = cross_entropy(copy, labels, overwrite=True).sum()
+    loss.backward(retain_graph=True)
+    assert torch.equal(copy, logits.grad)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
-def test_no_tokens() -> None:
-    h, weight, bias = inputs(2, True, tokens=0)
-    losses = linear_cross_entropy(h, weight, torch.zeros(0, dtype=torch.int64), GROUP, vocab_size=V, bias_V=bias)
-    assert losses.shape == (0,)
+def test_parts_of_the_vocabulary_merge() -> None:
+    logits, labels = drawn()
+    wide = logits.detach()
+    whole = statistics(wide, labels, 0, total=True)
+    found = no_statistics(T, wide)
+    for first, last in ((0, 0), (0, 2), (2, 2), (2, 6), (6, V)):
+        found = merge(found, statistics(wide[:, first:last], labels, first, total=True))
+    torch.testing.assert_close(found, whole, rtol=1e-13, atol=1e-13)
+
+
+def test_part_of_nothing_but_minus_infinity() -> None:
+    logits, labels = drawn()
+    wide = logits.detach().clone()
+    wide[:, 3:] = -math.inf
+    labels = labels.clamp(max=2)
+    parts = [statistics(part, labels, first, total=False) for part, first in ((wide[:, 3:], 3), (wide[:, :3], 0))]
+    found = Loss(V).losses(merge(*parts), labels)
+    torch.testing.assert_close(found, F.cross_entropy(wide, labels, reduction="none"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_logits_spoil_their_token_alone(bad: float) -> None:
+    logits, labels = drawn()
+    wide = logits.detach().clone()
+    wide[1, 5] = wide[4, 0] = bad  # the latter's label is ignored
+    wide[2] = -math.inf
+    wide.requires_grad_()
+    losses = cross_entropy(wide, labels)
+    (grad,) = torch.autograd.grad(losses.sum(), wide)
+    spoilt = torch.zeros(T, dtype=torch.bool)
+    spoilt[[1, 2]] = True
+    assert torch.equal(losses.isnan(), spoilt)
+    assert torch.equal(grad.isnan().any(dim=1), spoilt)
+    assert grad[::4].eq(0).all()
+
+
+def test_labels_outside_the_vocabulary_are_not_scored_silently() -> None:
+    logits, _ = drawn()
+    losses = cross_entropy(logits, torch.tensor([V, -1, -100, *[0] * (T - 3)]))
+    assert losses.isnan().tolist() == [True, True, *[False] * (T - 2)]
+
+
+def test_no_tokens_and_everything_ignored() -> None:
+    empty = torch.zeros(0, V, requires_grad=True)
+    losses = cross_entropy(empty, torch.zeros(0, dtype=torch.int64))
     losses.sum().backward()
-    assert h.grad is not None
-    assert h.grad.shape == (0, H)
-    for t in (weight, bias):
-        assert t.grad is not None
-        assert t.grad.eq(0).all()
-
-
-def test_all_ignored() -> None:
-    h, weight = inputs(3, False)
-    losses = linear_cross_entropy(h, weight, torch.full((T,), -100), GROUP, vocab_size=V)
+    assert losses.shape == (0,)
+    logits, _ = drawn()
+    losses = cross_entropy(logits, torch.full((T,), 3), ignore=3, label_smoothing=0.1)
     losses.sum().backward()
     assert losses.eq(0).all()
-    assert h.grad is not None
-    assert h.grad.eq(0).all()
+    assert logits.grad is not None
+    assert logits.grad.eq(0).all()
 
 
-def test_large_logits_stay_finite() -> None:
-    h = torch.full((2, 1), 1e4)
-    losses = linear_cross_entropy(h, torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]), GROUP, vocab_size=2)
-    torch.testing.assert_close(losses, torch.tensor([0.0, 2e4]))
-
-
-def test_bfloat16_losses_are_float32() -> None:
-    h, weight = (t.detach().bfloat16().requires_grad_() for t in inputs(4, False))
-    labels = labels_for()
-    losses = linear_cross_entropy(h, weight, labels, GROUP, vocab_size=V)
-    assert losses.dtype == torch.float32
-    logits = F.linear(h, weight).float()
-    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-5, atol=1e-5)
-    losses.sum().backward()
-    assert h.grad is not None
-    assert h.grad.dtype == torch.bfloat16
+def test_options_are_checked() -> None:
+    with pytest.raises(UsageError, match=r"from 0 to 1; found 1\.5"):
+        Loss(3, label_smoothing=1.5)
+    with pytest.raises(UsageError, match="at least 0; found nan"):
+        Loss(3, z_loss=math.nan)
 
 
 @pytest.mark.dist
-@pytest.mark.usefixtures("chunked")
-def test_vocabulary_over_three_ranks() -> None:
-    """Uneven shards that must still agree on their chunks; the input's gradient is a part on each rank."""
-    expected = inputs(5, True)
-    labels = labels_for()
-    truth = F.cross_entropy(F.linear(*expected), labels, reduction="none")
-    truth.sum().backward()
-    ranges = even_ranges(V, 3)
+@pytest.mark.parametrize("size", [2, 3])
+def test_shards_equal_the_whole(size: int) -> None:
+    """Uneven shards; one of them has nothing but -inf for a token."""
+    logits, labels = drawn()
+    ranges = even_ranges(V, size)
+    wide = logits.detach().clone()
+    wide[1, ranges[0][0] : ranges[0][1]] = -math.inf
+    labels[1] = V - 1
+    wide.requires_grad_()
+    expected = truth(wide, labels, 0.0, 0.1)
+    (true_grad,) = torch.autograd.grad(expected.sum(), wide)
+    finite = logits.detach().requires_grad_()
+    smoothed = truth(finite, labels, 0.2, 0.1)
+    (smoothed_grad,) = torch.autograd.grad(smoothed.sum(), finite)
 
-    def rank(parallel: ParallelContext) -> dict[str, torch.Tensor]:
+    def rank(parallel: ParallelContext) -> dict[str, Tensor]:
         first, last = ranges[parallel.tp.index]
-        h, weight, bias = expected
-        shard = [t.detach().clone().requires_grad_() for t in (h, weight[first:last], bias[first:last])]
-        losses = linear_cross_entropy(*shard[:2], labels, parallel.tp, vocab_size=V, bias_V=shard[2], first_row=first)
-        losses.sum().backward()
-        return {"losses": losses, **{f"grad{i}": t.grad for i, t in enumerate(shard) if t.grad is not None}}
+        out = {}
+        for name, values, smoothing in (("plain", wide, 0.0), ("smoothed", finite, 0.2)):
+            shard = values.detach()[:, first:last].clone().requires_grad_()
+            losses = cross_entropy(
+                shard,
+                labels,
+                parallel.tp,
+                vocab_size=V,
+                first_row=first,
+                label_smoothing=smoothing,
+                z_loss=0.1,
+            )
+            (grad,) = torch.autograd.grad(losses.sum(), shard)
+            out |= {name: losses.detach(), f"{name} grad": grad}
+        return out
 
-    found = run_processes(rank, tp=3, timeout=20)
-    for out in found:
-        torch.testing.assert_close(out["losses"], truth.detach(), rtol=1e-12, atol=1e-12)
-    joined = [sum(out["grad0"] for out in found), *(torch.cat([o[f"grad{i}"] for o in found]) for i in (1, 2))]
-    for a, b in zip(joined, expected, strict=True):
-        torch.testing.assert_close(a, b.grad, rtol=1e-12, atol=1e-12)
-
-
-def test_many_chunks_in_bfloat16_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights' gradient is added up in float32; in bfloat16 its error would grow with the chunks."""
-    draw = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(256, 16, generator=draw), torch.randn(11, 16, generator=draw)
-    labels = torch.randint(11, (256,), generator=draw)
-    bias = torch.zeros(11)
-
-    def gradients(dtype: torch.dtype, chunk_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
-        w, b = weight.bfloat16().to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
-        group = single_rank().tp
-        linear_cross_entropy(h.bfloat16().to(dtype), w, labels, group, vocab_size=11, bias_V=b).sum().backward()
-        assert w.grad is not None
-        assert b.grad is not None
-        assert w.grad.dtype == b.grad.dtype == dtype
-        return w.grad.double(), b.grad.double()
-
-    exact = gradients(torch.float64, 1 << 30)
-    one, many = gradients(torch.bfloat16, 1 << 30), gradients(torch.bfloat16, 2 * 11 * 4)
-    for truth, a, b in zip(exact, one, many, strict=True):
-        assert (b - truth).norm() <= 1.5 * (a - truth).norm()
+    found = run_processes(rank, tp=size, timeout=20)
+    for name, losses, grad in (("plain", expected, true_grad), ("smoothed", smoothed, smoothed_grad)):
+        for each in found:
+            torch.testing.assert_close(each[name], losses.detach(), rtol=1e-12, atol=1e-12)
+        joined = torch.cat([each[f"{name} grad"] for each in found], dim=1)
+        torch.testing.assert_close(joined, grad, rtol=1e-12, atol=1e-12)

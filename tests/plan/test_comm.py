@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalm.ops import cross_entropy
+from megalm.ops import linear_cross_entropy
 from megalm.plan.comm import Planner, RankClass, largest
 from megalm.plan.entries import total
 from megalm.plan.recording import Grid
@@ -150,11 +150,17 @@ def test_shared_rows_and_uneven_ranks_by_hand(prepared_run: PreparedRun) -> None
 
 
 def test_the_loss_in_chunks(prepared_run: PreparedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * 131 * 50)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 8 * 131 * 50)
+    monkeypatch.setattr(linear_cross_entropy, "FEWEST_TOKENS", 1)
     case = Case("gpt2", Grid(2, 1), ("model.vocab_size=262",))
     case.check(prepared_run)
     statistics = items(plan_of(case.prepare(prepared_run), case.grid)[0])["loss statistics", "tp", "all_reduce"]
     assert statistics[0] == 2 * 3
+    # Chunks of the vocabulary say what they have to say together.
+    monkeypatch.setattr(linear_cross_entropy, "FEWEST_TOKENS", 1000)
+    case.check(prepared_run)
+    statistics = items(plan_of(case.prepare(prepared_run), case.grid)[0])["loss statistics", "tp", "all_reduce"]
+    assert statistics[0] == 2
 
 
 def test_gradients_in_several_messages(prepared_run: PreparedRun, monkeypatch: pytest.MonkeyPatch) -> None:
