@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops.dropout import DropoutAddress, dropout
+from megalm.ops.softmax import masked_softmax
 
 
 def attention(
@@ -48,13 +49,8 @@ def attention_with_dropout(
 ) -> torch.Tensor:
     """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
     batch, heads, length, dim = q_BNSD.shape
-    scores = (q_BNSD @ k_BNSD.transpose(-1, -2)) / math.sqrt(dim)
-    if causal:
-        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
-    if mask_BS is not None:
-        scores = scores.masked_fill(~mask_BS[:, None, None, :], -math.inf)
-    probabilities = scores.softmax(dim=-1)
+    scores = q_BNSD @ k_BNSD.transpose(-1, -2)
+    probabilities = masked_softmax(scores, mask_BS, scale=1 / math.sqrt(dim), causal=causal)
     dropped = [
         dropout(probabilities[:, h].reshape(batch * length, length), p, address, f"{site}.head{first_head + h}")
         for h in range(heads)

@@ -18,10 +18,10 @@ from megalm.errors import UsageError
 from megalm.native import build, processor
 from megalm.native.errors import BuildError
 from megalm.native.toolchain import find_toolkit
-from megalm.ops.native import activation, dropout, norm, rope
+from megalm.ops.native import activation, cross_entropy, dropout, norm, rope, softmax
 
 NAMESPACE = "megalm"
-MODULES = (norm, dropout, activation, rope)
+MODULES = (norm, dropout, activation, rope, cross_entropy, softmax)
 """Modules that register operations."""
 
 
