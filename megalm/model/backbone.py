@@ -20,6 +20,7 @@ from megalm.nn.embedding import PositionEmbedding, TokenTypeEmbedding, VocabPara
 from megalm.nn.microbatch import Microbatch
 from megalm.nn.mlp import MLP
 from megalm.nn.norm import LayerNorm, RMSNorm, make_norm
+from megalm.ops.linear import computed_again_alike
 from megalm.parallel.layout import Init
 from megalm.parallel.mesh import ParallelContext
 
@@ -156,7 +157,14 @@ class Backbone(nn.Module):
             layer = self.layers[str(number)]
             if self.recompute and torch.is_grad_enabled():
                 # Dropout is drawn by address, so there is no generator's state to put back.
-                x_TH = checkpoint(layer, x_TH, batch, use_reentrant=False, preserve_rng_state=False)
+                x_TH = checkpoint(
+                    layer,
+                    x_TH,
+                    batch,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=computed_again_alike,
+                )
             else:
                 x_TH = layer(x_TH, batch)
         return self.final_norm(x_TH) if stage.last and self.final_norm is not None else x_TH

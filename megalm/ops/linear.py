@@ -9,7 +9,7 @@ products serve both, are not put off. (Qi et al., "Zero Bubble Pipeline Parallel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -44,6 +44,13 @@ class WeightGradients:
 
 
 _collecting: ContextVar[WeightGradients | None] = ContextVar("megalm_weight_gradients", default=None)
+
+
+def computed_again_alike() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a forward and of its recomputation, as torch.utils.checkpoint takes them: what is computed again puts
+    off what was put off before. On CUDA that happens in a thread of autograd's, which has no context of its own."""
+    later = _collecting.get()
+    return nullcontext(), nullcontext() if later is None else later.collect()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

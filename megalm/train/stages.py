@@ -90,9 +90,7 @@ class TrainingStages(_HiddenVectors):
         if saved.later is not None:
             self._later[stage, microbatch] = saved.later
         if saved.out is not None and saved.out.requires_grad:
-            # What is computed again has to be computed as it was.
-            with nullcontext() if saved.later is None else saved.later.collect():
-                torch.autograd.backward(saved.out, grad)
+            torch.autograd.backward(saved.out, grad)
         if saved.x is None:
             return None
         return torch.zeros_like(saved.x) if saved.x.grad is None else saved.x.grad

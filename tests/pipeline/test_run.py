@@ -9,6 +9,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,22 @@ def test_bfloat16(schedule: str, make: Make) -> None:
 
     expected = loss_and_gradients(run, single_rank(), micro_batch=case.micro_batch)
     assert_parity(run_simulated(rank, **case.grid)[0], expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-v"])
+def test_recomputation_in_a_thread_of_autograd(schedule: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA's backward runs, and computes layers again: nothing of the thread that trains is known there."""
+    correct = torch.autograd.backward
+
+    def elsewhere(*arguments: Any) -> None:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(correct, *arguments).result()
+
+    subject = make("causal_lm")
+    run = prepared(subject, recompute=True)
+    serial(subject, run)
+    monkeypatch.setattr(torch.autograd, "backward", elsewhere)
+    check(subject, run, Case(schedule, 2), 0)
 
 
 def test_weight_gradients_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
