@@ -33,19 +33,38 @@ inline void store(bf16* p, float v) {
   p->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-#if defined(__FLT16_MAX__)
+// In integers, since compilers make no vectors of conversions from and to _Float16. A scale of 2^112 moves the exponent,
+// and makes normal numbers of denormal ones.
 inline float load(f16 v) {
-  _Float16 h;
-  std::memcpy(&h, &v, 2);
-  return static_cast<float>(h);
+  const uint32_t u = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+  float f;
+  std::memcpy(&f, &u, 4);
+  f *= 5.192296858534828e33f;
+  uint32_t w;
+  std::memcpy(&w, &f, 4);
+  w = (u >= 0x0f800000u ? u | 0x7f800000u : w) | static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  std::memcpy(&f, &w, 4);
+  return f;
 }
+
+// Rounds to nearest, ties to even.
 inline void store(f16* p, float v) {
-  const _Float16 h = static_cast<_Float16>(v);
-  std::memcpy(p, &h, 2);
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  // One half has the units of denormal results.
+  float shifted;
+  std::memcpy(&shifted, &u, 4);
+  shifted += 0.5f;
+  uint32_t small;
+  std::memcpy(&small, &shifted, 4);
+  uint32_t h = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  h = u < 0x38800000u ? small - 0x3f000000u : h;
+  h = u >= 0x477ff000u ? 0x7c00u : h;
+  h = u > 0x7f800000u ? 0x7e00u : h;
+  p->bits = static_cast<uint16_t>(h | sign);
 }
-#else
-#error "float16 needs a compiler with _Float16: g++ 12 or newer on x86, any on arm64"
-#endif
 
 // Calls f with a value of the element type that a dtype names.
 template <class F>
