@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
 
 from megalm.config import argument as arguments
 from megalm.config.pairs import settings_from_pairs
@@ -42,7 +44,7 @@ class Chosen:
             near = ", ".join(map(str, nearest(self.schedule, shape)))
             hint = f"; what it admits: {near}" if near else ""
             raise ScheduleError(f"{self.name} does not admit {shape}: {objection}{hint}")
-        order = _with_kinds(self.name, self.schedule.build(shape))
+        order = _checked(self.name, self.schedule.build(shape))
         found = (len(order.ranks), order.microbatches, order.stages)
         if found != (shape.ranks, shape.microbatches, shape.stages) and self.schedule.fixed_shape is None:
             raise ScheduleError(
@@ -52,16 +54,28 @@ class Chosen:
         return order
 
 
-def _with_kinds(name: str, order: PipelineOrder) -> PipelineOrder:
-    """The same order, where a plugin wrote kinds as text (``"F"``)."""
+def _checked(name: str, order: Any) -> PipelineOrder:
+    """The order that a plugin built, with kinds that it wrote as text (``"F"``); ScheduleError where it is none, or
+    trains nothing, or leaves a rank without a stage."""
+    if not isinstance(order, PipelineOrder):
+        raise ScheduleError(f"{name}: build() must return a PipelineOrder; found {order!r}: its plugin is at fault")
     try:
         ranks = tuple(
-            tuple(Action(ActionKind(kind), stage, microbatch) for kind, stage, microbatch in actions)
+            tuple(Action(ActionKind(kind), int(index(stage)), int(index(m))) for kind, stage, m in actions)
             for actions in order.ranks
         )
-    except ValueError as error:
-        raise ScheduleError(f"{name}: {error}; kinds are {', '.join(ActionKind)}: its plugin is at fault") from error
-    return replace(order, ranks=ranks)
+        placement = tuple(int(index(rank)) for rank in order.placement)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(
+            f"{name}: {error}; an action is a kind ({', '.join(ActionKind)}), a stage and a microbatch, and the "
+            "placement is a rank for each stage: its plugin is at fault"
+        ) from error
+    if not order.training:
+        raise ScheduleError(f"{name}: built an order of forwards only, which trains nothing: its plugin is at fault")
+    for rank in range(len(ranks)):
+        if rank not in placement:
+            raise ScheduleError(f"{name}: rank {rank} has no stage: its plugin is at fault")
+    return replace(order, ranks=ranks, placement=placement)
 
 
 def choose(text: str, manager: PluginManager, settings: Settings | Sequence[str] = ()) -> Chosen:
@@ -73,7 +87,7 @@ def choose(text: str, manager: PluginManager, settings: Settings | Sequence[str]
     name, argument = split_argument(text, manager)
     component = manager.get(KIND, name)
     cls: type[PipelineSchedule] = manager.load_class(KIND, name)
-    if argument is None and cls.argument_name is not None:
+    if not argument and cls.argument_name is not None:
         raise PluginError(f'pipeline schedule "{name}" needs an argument: write {name}:{cls.argument_name}')
     if argument is not None and cls.argument_name is None:
         raise PluginError(f'pipeline schedule "{name}" takes no argument; found {argument!r} in "{text}"')

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from megalm.config.settings import Settings
 from megalm.errors import PluginError, ScheduleError
 from megalm.pipeline.choose import Chosen, choose
-from megalm.plugin.contract.pipeline import PipelineShape
+from megalm.plugin.contract.pipeline import Action, ActionKind, PipelineOrder, PipelineSchedule, PipelineShape
 from megalm.plugin.manager import PluginManager
 
 BASE = """
@@ -51,6 +54,7 @@ NAMES = [
     ("nothing", "available: 1f1b, csv, gpipe, interleaved, zb-h1, zb-v"),
     ("1f1b:4", 'pipeline schedule "1f1b" takes no argument; found \'4\' in "1f1b:4"'),
     ("csv", 'pipeline schedule "csv" needs an argument: write csv:FILE'),
+    ("csv:", 'pipeline schedule "csv" needs an argument: write csv:FILE'),
     ("other:1f1b", 'unknown pipeline schedule "other:1f1b"; it is offered by pipeline_schedules'),
 ]
 
@@ -73,7 +77,7 @@ def test_two_plugins_of_one_name(more: PluginManager) -> None:
 def test_kinds_may_be_text(more: PluginManager) -> None:
     order = choose("mine", more).build(PipelineShape(1, 1))
     assert [str(action) for action in order.ranks[0]] == ["0F0", "0BW0"]
-    with pytest.raises(ScheduleError, match="'Q' is not a valid ActionKind; kinds are F, B, W, BW: its plugin is at"):
+    with pytest.raises(ScheduleError, match=r"'Q' is not a valid ActionKind; an action is a kind \(F, B, W, BW\), "):
         choose("odd", more).build(PipelineShape(1, 1))
 
 
@@ -82,6 +86,47 @@ def test_an_order_of_another_shape_is_the_plugins_fault(more: PluginManager) -> 
         ScheduleError, match="asked for 2 ranks, 3 microbatches and 2 stages, and built an order of 1, 1"
     ):
         choose("mine", more).build(PipelineShape(2, 3))
+
+
+class Lie(PipelineSchedule):
+    """Builds whatever it was given."""
+
+    def __init__(self, order: Any) -> None:
+        super().__init__(Settings())
+        self.order = order
+
+    def build(self, shape: PipelineShape) -> PipelineOrder:
+        return cast("PipelineOrder", self.order)
+
+
+def rank_of(*stages: int) -> tuple[Action, ...]:
+    forward = [Action(ActionKind.F, stage, 0) for stage in stages]
+    return (*forward, *(Action(ActionKind.BW, stage, 0) for stage in reversed(stages)))
+
+
+LIES = [
+    (None, r"build\(\) must return a PipelineOrder; found None"),
+    (PipelineOrder((0, 1), (rank_of(0)[:1], rank_of(1)[:1]), 1, training=False), "forwards only, which trains nothing"),
+    (PipelineOrder((0, 0), (rank_of(0, 1), ()), 1), "rank 1 has no stage"),
+    (PipelineOrder((0, 1), ((("F", "0", 0),), ()), 1), "'str' object cannot be interpreted as an integer"),
+    (PipelineOrder((0, 1), ((("F", 0.0, 0),), ()), 1), "'float' object cannot be interpreted as an integer"),
+    (PipelineOrder((0, 1), ((("F", 0),), ()), 1), "an action is a kind"),
+    (PipelineOrder((0, 1), (5, 6), 1), "'int' object is not iterable"),
+    (PipelineOrder((0.0, 1.0), (rank_of(0), rank_of(1)), 1), "the placement is a rank for each stage"),
+]
+
+
+@pytest.mark.parametrize(("order", "message"), LIES)
+def test_what_is_no_order_is_the_plugins_fault(order: Any, message: str) -> None:
+    with pytest.raises(ScheduleError, match=f"^lie: .*{message}.*: its plugin is at fault$"):
+        Chosen("lie", Lie(order)).build(PipelineShape(2, 1))
+
+
+def test_numbers_of_other_types_are_numbers() -> None:
+    ranks = tuple(tuple(a._replace(stage=np.int64(a.stage)) for a in rank_of(n)) for n in (0, 1))
+    order = Chosen("lie", Lie(PipelineOrder((np.int64(0), 1), ranks, 1))).build(PipelineShape(2, 1))
+    assert {type(n) for actions in order.ranks for a in actions for n in (a.stage, a.microbatch)} == {int}
+    assert {type(rank) for rank in order.placement} == {int}
 
 
 def test_a_class_that_is_no_schedule(more: PluginManager) -> None:
