@@ -20,6 +20,7 @@ from megalm.pipeline.plan import Pipeline, make_pipeline
 from megalm.plugin.contract.callback import Callback
 from megalm.plugin.contract.objective import ObjectiveEnv
 from megalm.plugin.contract.optim import LRSchedule, OptimizerPlugin
+from megalm.plugin.contract.pipeline_csv import order_to_csv
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
 from megalm.train.objective import TrainingObjective, build_objective
@@ -58,6 +59,11 @@ class Prepared:
         parts = {name: part.model_dump() for name, part in sorted(self.train.manifest.parts.items())}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def order_identity(self) -> str:
+        """Hex SHA-256 over the pipeline's order: a file that ranks read, or a plugin, may give each another."""
+        return hashlib.sha256(order_to_csv(self.pipeline.order).encode()).hexdigest()
+
     def facts(self) -> dict[str, Any]:
         """What every rank of a launch must agree on, as JSON."""
         return {
@@ -66,6 +72,7 @@ class Prepared:
             "versions": {name: metadata.version(name) for name in ("megalm", "torch")},
             "tokenizer": self.tokenizer.identity,
             "data": self.data_identity,
+            "pipeline": {"order": self.order_identity},
             "kernels": {decision.operation: decision.implementation for decision in self.kernels},
         }
 

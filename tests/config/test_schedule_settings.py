@@ -85,6 +85,16 @@ def test_settings_reach_the_schedule(run) -> None:
     assert default.origin["pipeline_schedule.waves.wave"] == "default"
 
 
+def test_ranks_agree_on_the_order(run, tmp_path: Path) -> None:
+    """What a file or a plugin gives one rank it may not give another; sends and receives would not fit then."""
+    facts = []
+    for table in ("0F0,0F1,0BW0,0BW1\n1F0,1BW0,1F1,1BW1", "0F0,0F1,0BW0,0BW1\n1F0,1F1,1BW0,1BW1"):
+        (tmp_path / "order.csv").write_text(table)
+        name = f'parallel.pp_schedule="csv:{tmp_path / "order.csv"}"'
+        facts.append(run(name, "train.global_batch=2", "train.micro_batch=1").facts())
+    assert {topic for topic in facts[0] if facts[0][topic] != facts[1][topic]} == {"pipeline"}
+
+
 @pytest.mark.parametrize("name", ["of:x", "waves:of:x", "of:a:b"])
 def test_names_with_an_argument(run, name: str) -> None:
     prepared = run(f'parallel.pp_schedule="{name}"', "pipeline_schedule.of.wave=4")
