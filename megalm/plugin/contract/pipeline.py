@@ -129,9 +129,14 @@ def v_placement(ranks: int, virtual: int = 2) -> tuple[int, ...]:
     return tuple(r if turn % 2 == 0 else ranks - 1 - r for turn in range(virtual) for r in range(ranks))
 
 
+LARGEST_COST = 1e100
+"""Sums and products of costs stay far below the largest float."""
+
+
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, or any unit, of each kind of action. BW costs B + W. ScheduleError where one is not finite or below 0.
+    """Seconds, or any unit, of each kind of action. BW costs B + W. ScheduleError where one is below 0 or above
+    LARGEST_COST.
 
     The base costs are those of one stage, whatever V is.
     """
@@ -152,8 +157,8 @@ class Costs:
         values = [self.forward, self.backward, self.weight, self.comm, *(self.ranks or ())]
         values += [value for costs in self.stages or () for value in costs]
         for value in values:
-            if not 0 <= value < float("inf"):
-                raise ScheduleError(f"a cost must be a finite number from 0; found {value!r}")
+            if not 0 <= value <= LARGEST_COST:
+                raise ScheduleError(f"a cost must be a number from 0 to {LARGEST_COST:g}; found {value!r}")
 
     @property
     def uniform(self) -> bool:
