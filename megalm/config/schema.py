@@ -76,8 +76,16 @@ class KernelsConfig(Settings):
     """Root-mean-square normalisation, with or without the residual addition before it."""
     layer_norm: str = "auto"
     """Layer normalisation, with or without the residual addition before it."""
+    activation: str = "auto"
+    """The MLP's activation, gated or not."""
+    rope: str = "auto"
+    """Rotary position embedding."""
+    softmax: str = "auto"
+    """The softmax of attention whose probabilities are dropped; other attention is torch's."""
     dropout: str = "auto"
     """Dropout by address, with or without the residual addition after it."""
+    cross_entropy: str = "auto"
+    """What the loss over the vocabulary does to each logit, around matrix products that are torch's."""
 
 
 class ModelConfig(Settings):

@@ -93,6 +93,7 @@ class Layer(nn.Module):
             site=f"{self.site}.attention.probabilities",
             init=init,
             out_init=out_init,
+            kernels=spec.kernels,
         )
         self.mlp_norm = _norm(spec, parallel)
         self.mlp = MLP(
@@ -104,6 +105,7 @@ class Layer(nn.Module):
             bias=c.mlp_bias,
             init=init,
             out_init=out_init,
+            kernels=spec.kernels,
         )
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:

@@ -10,7 +10,6 @@ from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.linear import ZERO, ReplicatedLinear
 from megalm.nn.module import ParallelModule
 from megalm.nn.norm import make_norm
-from megalm.ops.activation import ACTIVATIONS
 from megalm.ops.linear_cross_entropy import linear_cross_entropy
 from megalm.parallel.collectives import copy_to_tensor_region, enter_tensor_region, replicate_tokens
 from megalm.parallel.layout import Init, Shard, even_ranges
@@ -24,13 +23,14 @@ class Transform(nn.Module):
         super().__init__()
         c = spec.cfg
         self.dense = ReplicatedLinear(parallel, c.hidden_size, c.hidden_size, init=Init("normal", c.init_std))
-        self.activation = ACTIVATIONS[c.activation]
+        self.kernels = spec.kernels
+        self.activation = c.activation
         self.norm = make_norm(
             c.norm, parallel, c.hidden_size, c.norm_eps, token_sharded=False, kernels=spec.kernels
         )
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.norm(self.activation(self.dense(x_TH)))
+        out: torch.Tensor = self.norm(self.kernels.bias_activation(self.dense(x_TH), None, self.activation))
         return out
 
 
@@ -41,6 +41,7 @@ class LMHead(ParallelModule):
         super().__init__(parallel)
         c = spec.cfg
         shard = Shard("tp", 0, even_ranges(spec.vocab_size, parallel.tp.size))
+        self.kernels = spec.kernels.cross_entropy
         self.vocab_size = spec.vocab_size
         self.first_row, self.last_row = shard.ranges[parallel.tp.index]
         self.tied = c.tie_embeddings
@@ -86,6 +87,7 @@ class LMHead(ParallelModule):
             vocab_size=self.vocab_size,
             bias_V=self.bias,
             first_row=self.first_row,
+            kernels=self.kernels,
         )
 
     def logits(self, h_NH: torch.Tensor, embedding: VocabParallelEmbedding | None) -> torch.Tensor:

@@ -12,7 +12,14 @@ from megalm.plugin.contract.kernels import KernelRequest
 
 def kernel_requests(spec: ModelSpec, device: Literal["cpu", "cuda"], precision: Precision) -> Iterator[KernelRequest]:
     """One request for each operation that ``[kernels]`` may choose and this model computes."""
-    width = {"width": spec.cfg.hidden_size}
-    yield KernelRequest(spec.cfg.norm, device, precision, width)
-    if spec.cfg.dropout:
-        yield KernelRequest("dropout", device, precision, width)
+    c = spec.cfg
+    sizes = {
+        c.norm: {"width": c.hidden_size},
+        "activation": {"width": spec.ffn_size},
+        **({"rope": {"head_dim": spec.head_dim}} if c.position == "rope" else {}),
+        **({"softmax": {}} if c.attention_dropout else {}),
+        **({"dropout": {"width": c.hidden_size}} if c.dropout or c.attention_dropout else {}),
+        **({"cross_entropy": {"vocabulary": spec.vocab_size}} if spec.lm_head else {}),
+    }
+    for operation, found in sizes.items():
+        yield KernelRequest(operation, device, precision, found)

@@ -14,7 +14,8 @@ from torch import nn
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from megalm.nn.microbatch import Microbatch
 from megalm.ops.attention import attention, attention_with_dropout
-from megalm.ops.rope import rope, rope_angles
+from megalm.ops.kernels import PLAIN, Kernels
+from megalm.ops.rope import rope_angles
 from megalm.parallel.layout import Init, covering_ranges, even_ranges, scale_ranges
 from megalm.parallel.mesh import ParallelContext
 
@@ -38,8 +39,10 @@ class Attention(nn.Module):
         site: str,
         init: Init,
         out_init: Init,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.causal = causal
         self.head_dim = head_dim
         self.rope_theta = rope_theta
@@ -79,7 +82,8 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split((n + m, m), dim=2)
             positions = torch.arange(batch.length, device=qk.device)
-            q, k = rope(qk, *rope_angles(positions, self.head_dim, self.rope_theta, qk.dtype)).split((n, m), dim=2)
+            angles = rope_angles(positions, self.head_dim, self.rope_theta, qk.dtype)
+            q, k = self.kernels.rope(qk, *angles).split((n, m), dim=2)
         q_BNSD, k_BNSD, v_BNSD = q.transpose(1, 2), self._spread(k), self._spread(v)
         mask = batch.tensors.get("attention_mask")
         if self.dropout and batch.full_address is not None:
@@ -93,6 +97,7 @@ class Attention(nn.Module):
                 address=batch.full_address,
                 site=self.site,
                 first_head=self.first_head,
+                kernels=self.kernels,
             )
         else:
             mixed = attention(q_BNSD, k_BNSD, v_BNSD, causal=self.causal, mask_BS=mask)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from megalm.ops.activation import ACTIVATIONS
+from megalm.ops.kernels import PLAIN, Kernels
 from megalm.parallel.layout import Init, even_ranges
 from megalm.parallel.mesh import ParallelContext
 
@@ -25,10 +25,12 @@ class MLP(nn.Module):
         bias: bool,
         init: Init,
         out_init: Init,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         ranges = even_ranges(inner, parallel.tp.size)
-        self.activation = ACTIVATIONS[activation]
+        self.kernels = kernels
+        self.activation = activation
         self.gated = gated
         names = ("gate", "up") if gated else ("up",)
         projections = tuple(Projection(inner, ranges, name) for name in names)
@@ -38,9 +40,9 @@ class MLP(nn.Module):
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         inner = self.up(x_TH)
         if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = self.activation(gate) * up
+            inner = self.kernels.gated(inner, self.activation)
         else:
-            inner = self.activation(inner)
+            # The bias is in already: the matrix product adds it at no cost.
+            inner = self.kernels.bias_activation(inner, None, self.activation)
         out: torch.Tensor = self.down(inner)
         return out

@@ -11,8 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from megalm.ops.dropout import DropoutAddress, dropout
-from megalm.ops.softmax import masked_softmax
+from megalm.ops.dropout import DropoutAddress
+from megalm.ops.kernels import PLAIN, Kernels
 
 
 def attention(
@@ -46,13 +46,14 @@ def attention_with_dropout(
     address: DropoutAddress,
     site: str,
     first_head: int,
+    kernels: Kernels = PLAIN,
 ) -> torch.Tensor:
     """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
     batch, heads, length, dim = q_BNSD.shape
     scores = q_BNSD @ k_BNSD.transpose(-1, -2)
-    probabilities = masked_softmax(scores, mask_BS, scale=1 / math.sqrt(dim), causal=causal)
+    probabilities = kernels.masked_softmax(scores, mask_BS, scale=1 / math.sqrt(dim), causal=causal)
     dropped = [
-        dropout(probabilities[:, h].reshape(batch * length, length), p, address, f"{site}.head{first_head + h}")
+        kernels.dropout(probabilities[:, h].reshape(batch * length, length), p, address, f"{site}.head{first_head + h}")
         for h in range(heads)
     ]
     return torch.stack([d.view(batch, length, length) for d in dropped], dim=1) @ v_BNSD

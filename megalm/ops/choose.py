@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalm.errors import ConfigError, PluginError
-from megalm.ops import dropout, norm
+from megalm.ops import activation, cross_entropy, dropout, norm, rope, softmax
 from megalm.ops.kernels import Kernels
+from megalm.ops.native.activation import Activations
+from megalm.ops.native.cross_entropy import CrossEntropies
 from megalm.ops.native.dropout import Dropouts
 from megalm.ops.native.library import Absent, library
 from megalm.ops.native.norm import Norms
+from megalm.ops.native.rope import Rope
+from megalm.ops.native.softmax import Softmaxes
 from megalm.plugin.contract.kernels import OPERATIONS, KernelProvider, KernelRequest
 from megalm.plugin.manager import PluginManager
 
@@ -26,13 +30,26 @@ AUTO = "auto"
 _TORCH: Mapping[str, Mapping[str, Function]] = {
     "rms_norm": {"rms_norm": norm.torch_rms_norm},
     "layer_norm": {"layer_norm": norm.torch_layer_norm},
+    "activation": {"gated": activation.torch_gated, "bias_activation": activation.torch_bias_activation},
 }
 _REFERENCE: Mapping[str, Mapping[str, Function]] = {
     "rms_norm": {"rms_norm": norm.rms_norm},
     "layer_norm": {"layer_norm": norm.layer_norm},
+    "activation": {"gated": activation.gated, "bias_activation": activation.bias_activation},
+    "rope": {"rope": rope.rope},
+    "softmax": {"masked_softmax": softmax.masked_softmax},
     "dropout": {"dropout": dropout.dropout, "dropout_add": dropout.dropout_add},
+    "cross_entropy": {"statistics": cross_entropy.statistics, "gradient_": cross_entropy.gradient_},
 }
-_NATIVE: Mapping[str, Callable[[str], object]] = {"rms_norm": Norms, "layer_norm": Norms, "dropout": Dropouts}
+_NATIVE: Mapping[str, Callable[[str], object]] = {
+    "rms_norm": Norms,
+    "layer_norm": Norms,
+    "activation": Activations,
+    "rope": Rope,
+    "softmax": Softmaxes,
+    "dropout": Dropouts,
+    "cross_entropy": CrossEntropies,
+}
 """For each operation a class that has its functions, made for a namespace of torch's operations."""
 
 
@@ -67,8 +84,6 @@ class Native(KernelProvider):
             return f"the run is on {request.device}"
         if request.dtype == "float64":
             return "it computes in float32, and the run in float64"
-        if request.operation not in _NATIVE:
-            return "there is no such kernel"
         found = library()
         if isinstance(found, Absent):
             return f"the kernels are not built: {found.reason}"

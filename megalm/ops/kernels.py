@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megalm.ops import activation, norm
+from megalm.ops import cross_entropy as cross_entropies
 from megalm.ops import dropout as dropouts
-from megalm.ops import norm
+from megalm.ops import rope as ropes
+from megalm.ops import softmax as softmaxes
 
 Function = Callable[..., Any]
 
@@ -24,8 +27,19 @@ class Kernels:
     add_rms_norm: Function = norm.add_rms_norm
     layer_norm: Function = norm.torch_layer_norm
     add_layer_norm: Function = norm.torch_add_layer_norm
+    gated: Function = activation.torch_gated
+    bias_activation: Function = activation.torch_bias_activation
+    rope: Function = ropes.rope
+    masked_softmax: Function = softmaxes.masked_softmax
     dropout: Function = dropouts.dropout
     dropout_add: Function = dropouts.dropout_add
+    statistics: Function = cross_entropies.statistics
+    gradient_: Function = cross_entropies.gradient_
+
+    @property
+    def cross_entropy(self) -> cross_entropies.CrossEntropyKernels:
+        """Those of the cross-entropy together."""
+        return cross_entropies.CrossEntropyKernels(self.statistics, self.gradient_)
 
 
 PLAIN = Kernels()

@@ -14,10 +14,15 @@ from typing import Any, Literal
 OPERATIONS: Mapping[str, tuple[str, ...]] = {
     "rms_norm": ("rms_norm", "add_rms_norm"),
     "layer_norm": ("layer_norm", "add_layer_norm"),
+    "activation": ("gated", "bias_activation"),
+    "rope": ("rope",),
+    "softmax": ("masked_softmax",),
     "dropout": ("dropout", "dropout_add"),
+    "cross_entropy": ("statistics", "gradient_"),
 }
-"""Operations that ``[kernels]`` chooses for, and the functions of each. Signatures are those of the references in
-``megalm.ops``; a provider may leave out what follows from the others (``add_``: the sum, then the norm)."""
+"""Operations that ``[kernels]`` chooses for, and the functions of each. Signatures are those of the references, in the
+module of ``megalm.ops`` of that name or ``megalm.ops.norm``. A provider may leave out what follows from the others
+(``add_``: the sum, then the norm)."""
 
 
 @dataclass(frozen=True)
