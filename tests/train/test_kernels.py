@@ -36,7 +36,8 @@ def test_native_kernels_train_as_the_references_do(
     for name in ("cpu", "reference"):
         prepared = prepare(
             objective,
-            *("train.precision=float32", "model.dropout=0.1", "model.attention_dropout=0.1", f"run.dir={tmp_path / name}"),
+            *("model.dropout=0.1", "model.attention_dropout=0.1", "train.precision=float32"),
+            f"run.dir={tmp_path / name}",
             *(f"kernels.{operation}={name}" for operation in choose.OPERATIONS),
             architecture=architecture,
         )
