@@ -6,8 +6,9 @@ gradient from B or BW(s+1) to that of s. Neighbouring stages of one rank (a V pl
 *What a lowered list means.* A rank takes its steps in order. An :class:`Exchange` posts its transfers together and may
 return at once. An action waits for the receives of its own inputs, and for nothing else; a result is sent by the first
 exchange after it. A transfer happens when both sides have posted it (rendezvous), the exchanges of a rank one after
-the other (as on one NCCL communicator). Buffers of sends are kept until the send is done; all are waited for at the
-end.
+the other (as on one NCCL communicator). The buffer of a send is kept until a message comes back that was made after its
+own was used (:attr:`LoweredOrder.answers`), so that a rank holds few of them however many microbatches a step has. What
+nothing answers is waited for at the end.
 
 *Why it cannot deadlock.* The order is run by nominal costs. Everything then has a moment: an action its end, a message
 the end of its producer. All ranks list their actions and messages by these moments, so that each list is a part of one
@@ -26,9 +27,11 @@ with that action.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from megalm.pipeline.dependencies import needs
@@ -91,6 +94,23 @@ class LoweredOrder:
     def exchanges(self, rank: int) -> Iterator[Exchange]:
         """A rank's exchanges in order."""
         return (step for step in self.steps[rank] if isinstance(step, Exchange))
+
+    @cached_property
+    def answers(self) -> tuple[dict[Message, tuple[Message, ...]], ...]:
+        """For each rank and each message that it receives: what it sent to the same peer and that peer used since the
+        message before. Those have arrived, whatever the backend, without anybody asking it."""
+        order = self.order
+        found: tuple[dict[Message, tuple[Message, ...]], ...] = tuple({} for _ in order.ranks)
+        for actions in order.ranks:
+            used: defaultdict[int, list[Message]] = defaultdict(list)
+            for action in actions:
+                for message in inputs(order, action):
+                    used[order.placement[message.source]].append(message)
+                sent = output(order, action)
+                if sent is not None:
+                    peer = order.placement[sent.target]
+                    found[peer][sent] = tuple(used.pop(peer, ()))
+        return found
 
 
 def inputs(order: PipelineOrder, action: Action) -> list[Message]:

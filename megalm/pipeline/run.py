@@ -1,8 +1,8 @@
 """Executing a lowered schedule: actions and exchanges, one after the other, on one rank.
 
 The lists were verified before, so nothing here decides anything. A receive is posted where the list has it and waited
-for by the action that uses it; a send keeps its tensor until the end. What two stages of one rank say to each other is
-handed over in memory.
+for by the action that uses it; a send keeps its tensor until the peer's answer tells that it was used there. What two
+stages of one rank say to each other is handed over in memory.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class _Run:
         self.split = {(a.stage, a.microbatch) for a in self.order.ranks[group.index] if a.kind is ActionKind.B}
         self.arrived: dict[Message, _Arrival] = {}
         self.leaving: dict[Message, torch.Tensor] = {}
-        self.sent: list[tuple[comm.Posted, torch.Tensor]] = []
+        self.sent: dict[Message, tuple[comm.Posted, torch.Tensor]] = {}
+        self.answers = lowered.answers[group.index]
 
     def all(self) -> None:
         for step in self.steps:
@@ -100,8 +101,8 @@ class _Run:
             else:
                 with phase(self.label(step)):
                     self.act(step)
-        for posted, _ in self.sent:
-            posted.wait()
+        for message in tuple(self.sent):
+            self.release(message)
 
     def label(self, action: Action) -> str:
         where = f"stage {action.stage} " if self.order.stages > 1 else ""
@@ -119,7 +120,7 @@ class _Run:
             if transfer.direction == "recv":
                 self.arrived[transfer.message] = _Arrival(tensor, each)
             else:
-                self.sent.append((each, tensor))
+                self.sent[transfer.message] = (each, tensor)
 
     def tensor_of(self, transfer: Transfer) -> torch.Tensor:
         if transfer.direction == "send":
@@ -152,7 +153,15 @@ class _Run:
                 self.leave(Message("gradient", stage, stage - 1, microbatch), out)
 
     def take(self, message: Message) -> torch.Tensor:
-        return self.arrived.pop(message).take()
+        tensor = self.arrived.pop(message).take()
+        for delivered in self.answers.get(message, ()):
+            self.release(delivered)
+        return tensor
+
+    def release(self, message: Message) -> None:
+        """Give back the buffer of a message that was sent, once that is done."""
+        posted, _ = self.sent.pop(message)
+        posted.wait()
 
     def leave(self, message: Message, tensor: torch.Tensor) -> None:
         if self.order.placement[message.target] == self.group.index:

@@ -11,7 +11,7 @@ import pytest
 
 from megalm.pipeline.deadlock import find_deadlock
 from megalm.pipeline.forward import forward_order
-from megalm.pipeline.lower import Exchange, LoweredOrder, Step, inputs, lower, output
+from megalm.pipeline.lower import Exchange, LoweredOrder, Message, Step, inputs, lower, output
 from megalm.pipeline.simulate import simulate
 from megalm.pipeline.verify import verify
 from megalm.plugin.contract.pipeline import (
@@ -96,6 +96,48 @@ def test_forwards_alone(place: Callable[[int, int], tuple[int, ...]]) -> None:
                 check(verify(order).lowered)
                 makespan = simulate(order, Costs()).makespan
                 assert makespan <= virtual * (microbatches + ranks), "no rank waits for long"
+
+
+def test_answers_come_after_what_they_answer(admitted: Admitted, build: Build) -> None:
+    """An answer is received, and what it answers was sent before and used on the answering rank before it was made."""
+    for name, shape in admitted(4, 6):
+        lowered = verify(build(name, shape.ranks, shape.microbatches, shape.virtual)).lowered
+        order = lowered.order
+        used = {message: index for _, index, a in order.actions() for message in inputs(order, a)}
+        made = {message: index for _, index, a in order.actions() if (message := output(order, a))}
+        for rank, steps in enumerate(lowered.steps):
+            sent: set[Message] = set()
+            answered: Counter[Message] = Counter()
+            for step in steps:
+                if isinstance(step, Exchange):
+                    sent.update(t.message for t in step.transfers if t.direction == "send")
+                    continue
+                for message in inputs(order, step):
+                    for each in lowered.answers[rank][message]:
+                        assert each in sent
+                        assert order.placement[each.target] == order.placement[message.source]
+                        assert used[each] <= made[message]
+                        answered[each] += 1
+            assert set(answered.values()) <= {1}
+
+
+def test_buffers_do_not_grow_with_microbatches(build: Build) -> None:
+    def most(name: str, microbatches: int) -> list[int]:
+        lowered, found = verify(build(name, 4, microbatches)).lowered, []
+        for rank, steps in enumerate(lowered.steps):
+            held, peak = 0, 0
+            for step in steps:
+                if isinstance(step, Exchange):
+                    held += sum(t.direction == "send" for t in step.transfers)
+                    peak = max(peak, held)
+                else:
+                    held -= sum(len(lowered.answers[rank][m]) for m in inputs(lowered.order, step))
+            found.append(peak)
+        return found
+
+    assert most("1f1b", 8) == most("1f1b", 20) == [4, 4, 3, 2]
+    for name in ("interleaved", "zb-h1", "zb-v"):
+        assert most(name, 8) == most(name, 20)
 
 
 def test_one_rank_says_nothing(build: Build) -> None:

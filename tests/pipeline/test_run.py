@@ -180,6 +180,37 @@ def test_bfloat16(schedule: str, make: Make) -> None:
     assert_parity(run_simulated(rank, **case.grid)[0], expected, rtol=2e-2)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_buffers_of_sends_are_given_back(schedule: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many microbatches hold no more of them at a time: counted by the life of the tensors."""
+    run = prepared(make("causal_lm"))
+    correct = Group.exchange
+    alive: Counter[tuple[int, int]] = Counter()
+    most: Counter[tuple[int, int]] = Counter()
+    peaks: dict[int, list[int]] = {}
+    for micro_batch in (1, 2):
+        case = Case(schedule, 3, micro_batch=micro_batch)
+
+        def watched(self: Group, messages: Any, count: int = case.microbatches) -> Any:
+            key = (count, self.index)
+            for message in messages:
+                if message.direction == "send":
+                    alive[key] += 1
+                    weakref.finalize(message.tensor, alive.subtract, [key])
+            most[key] = max(most[key], alive[key])
+            return correct(self, messages)
+
+        monkeypatch.setattr(Group, "exchange", watched)
+        pipeline = case.pipeline(run.spec, plugins())
+        run_simulated(
+            lambda parallel, m=micro_batch, p=pipeline: loss_and_gradients(run, parallel, micro_batch=m, pipeline=p),
+            **case.grid,
+        )
+        peaks[case.microbatches] = [most[case.microbatches, place] for place in range(3)]
+        assert not any(alive.values())
+    assert peaks[12] == peaks[6], peaks
+
+
 @pytest.mark.parametrize("schedule", ["zb-h1", "zb-v"])
 def test_recomputation_in_a_thread_of_autograd(schedule: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where CUDA's backward runs, and computes layers again: nothing of the thread that trains is known there."""
