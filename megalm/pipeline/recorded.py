@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,6 +211,8 @@ class _File(BaseModel):
         times = [[(start, end) for _, start, end in rank] for rank in self.ranks]
         if any(end < start for rank in times for start, end in rank):
             raise ScheduleError("an action ends before it starts")
+        if any(after[0] < before[1] for rank in times for before, after in pairwise(rank)):
+            raise ScheduleError("an action starts before the rank's last one ends")
         costs = Costs(stages=tuple(self.costs))
         simulate(order, costs)
         return Recorded(self.schedule, self.step, order, costs, _timeline(order, times), self.clock_error)

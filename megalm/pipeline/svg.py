@@ -7,6 +7,7 @@ departs from its plan.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -169,10 +170,10 @@ def _action(record: Record, begin: float, y: int, scale: float, turns: Sequence[
 
 
 def ticks(end: float, most: float) -> list[float]:
-    """Round numbers from 0 to ``end``, at most about so many."""
-    if end <= 0:
-        return [0.0]
+    """Round numbers from 0 to ``end``, at most about so many; 0 alone where ``end`` is too small for any."""
     least = end / most
+    if least < sys.float_info.min:
+        return [0.0]
     power = 10.0 ** math.floor(math.log10(least))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= least * (1 - 1e-9))
     return [i * step for i in range(math.floor(end / step * (1 + 1e-9)) + 1)]

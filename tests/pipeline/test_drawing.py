@@ -117,7 +117,7 @@ def test_actions_that_take_no_time_do_not_push_others_about(build: Build) -> Non
 def test_ticks() -> None:
     assert ticks(10, 5) == [0, 2, 4, 6, 8, 10]
     assert ticks(0.3, 3) == pytest.approx([0, 0.1, 0.2, 0.3])
-    assert ticks(0, 3) == [0.0]
+    assert ticks(0, 3) == ticks(5e-324, 3) == [0.0]
     for end in (1e-6, 0.7, 3, 99, 12345.6):
         found = ticks(end, 10)
         assert 2 <= len(found) <= 12

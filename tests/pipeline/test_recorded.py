@@ -109,6 +109,7 @@ DAMAGE = [
     (_set("ranks", [[]]), "no action"),
     (_set("ranks.1", []), "a rank without actions"),
     (_set("ranks.0.0.1", 5.0), "an action ends before it starts"),
+    (_set("ranks.0.1.1", 0.0), "an action starts before the rank's last one ends"),
     (_set("ranks.0.0.0", "oops"), "'oops' is no action"),
     (_set("ranks.0.0.0", "0F0,0F1"), "an action without a name"),
     (_set("ranks.0.0.0", "#"), "no action of stage 0"),
