@@ -18,10 +18,10 @@ from megalm.errors import UsageError
 from megalm.native import build, processor
 from megalm.native.errors import BuildError
 from megalm.native.toolchain import find_toolkit
-from megalm.ops.native import activation, cross_entropy, dropout, norm, rope, softmax
+from megalm.ops.native import activation, cross_entropy, dropout, multi_tensor, norm, rope, softmax
 
 NAMESPACE = "megalm"
-MODULES = (norm, dropout, activation, rope, cross_entropy, softmax)
+MODULES = (norm, dropout, activation, rope, cross_entropy, softmax, multi_tensor)
 """Modules that register operations."""
 
 
