@@ -7,4 +7,4 @@ MEGALM_API = (1, 2)
 
 @hookimpl
 def megalm_pipeline_schedules():
-    return [Component("lean-v", "megalm_lean.schedule:LeanV", "at most half of zb-v's activations, a longer ramp")]
+    return [Component("lean-v", "megalm_lean.schedule:LeanV", "about a third of zb-v's activations, a longer ramp")]
