@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(kThreads) backward_held(const MegalmNormBackwa
   MEGALM_SHARED(float, shared, kMaxWarps);
   MEGALM_DYNAMIC_SHARED(float, sums);  // (1 or 2, cols) where the block has several rows
   const int vectors = static_cast<int>(a.cols / W);
+  // Sums of as many columns leave no registers for a row, which is read again, from the nearest cache.
+  constexpr bool kAgain = BIAS && HELD * W > 16;
   float dweight[HELD][W], dbias[BIAS ? HELD : 1][W];
 #pragma unroll
   for (int u = 0; u < HELD; ++u)
@@ -164,6 +166,10 @@ __global__ void __launch_bounds__(kThreads) backward_held(const MegalmNormBackwa
     for (int u = 0; u < HELD; ++u) {
       const int i = threadIdx.x + u * blockDim.x;
       if (live && i < vectors) {
+        if (kAgain) {
+          x[u] = (static_cast<const V*>(a.x) + at)[i];
+          dy[u] = (static_cast<const V*>(a.dy) + at)[i];
+        }
         const V weight = static_cast<const V*>(a.weight)[i];
         V dx;
 #pragma unroll

@@ -77,6 +77,8 @@ struct Block {
   std::vector<Fiber*> order;  // of those that are not done
   size_t next = 0;
   bool moved = false;
+  unsigned round = 0;
+  uint64_t held = 0;  // warps that wait though they could go on: a bit for each of at most 32
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<unsigned> warp_alive;
@@ -131,25 +133,33 @@ T* dynamic() {
   return reinterpret_cast<T*>(block().dynamic.get());
 }
 
-// Which fiber goes on; none when all are done. A round takes each that can in random order.
+inline uint64_t draw() {
+  uint64_t& r = block().random;
+  r ^= r << 13, r ^= r >> 7, r ^= r << 17;
+  return r;
+}
+
+// Which fiber goes on; none when all are done. A round takes each that can in random order, but for some warps that are
+// held back for several rounds: what others overwrite meanwhile is seen then.
 inline Fiber* choose() {
+  constexpr int kRoundsHeld = 16;
   Block& b = block();
   for (;;) {
     while (b.next < b.order.size()) {
       Fiber* fiber = b.order[b.next++];
       if (fiber->done || (fiber->waits != nullptr && fiber->waits->generation == fiber->generation)) continue;
+      if ((b.held >> (fiber->number / kWarp) & 1) != 0) continue;
       b.moved = true;
       return fiber;
     }
     b.order.erase(std::remove_if(b.order.begin(), b.order.end(), [](const Fiber* f) { return f->done; }), b.order.end());
     if (b.order.empty()) return nullptr;
-    if (!b.moved) stop("a barrier that not all threads reach");
+    if (!b.moved && b.held == 0) stop("a barrier that not all threads reach");
+    if (!b.moved) b.held = 0;
+    else if (++b.round % kRoundsHeld == 0) b.held = b.warps.size() > 1 ? draw() & draw() : 0;
     b.moved = false;
     b.next = 0;
-    for (size_t i = b.order.size() - 1; i > 0; --i) {
-      b.random ^= b.random << 13, b.random ^= b.random >> 7, b.random ^= b.random << 17;
-      std::swap(b.order[i], b.order[(b.random >> 32) * (i + 1) >> 32]);
-    }
+    for (size_t i = b.order.size() - 1; i > 0; --i) std::swap(b.order[i], b.order[(draw() >> 32) * (i + 1) >> 32]);
   }
 }
 

@@ -103,15 +103,15 @@ def nvcc_flags(nvcc: str, csrc: Path) -> list[str]:
 def emulator_target(tools: Toolchain, csrc: Path, *, sanitize: bool = False, defines: Iterable[str] = ()) -> Target:
     """The CUDA sources as host code, registered as operations of the namespace ``megalm_emu`` on CPU tensors.
 
-    ``sanitize``: with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must then be preloaded.
+    ``sanitize``: kernels with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtimes must then be preloaded.
     """
     flags = [*_cxx(tools, csrc), "-DMEGALM_EMU", *(f"-D{name}" for name in defines)]
     link = [tools.cxx, "-shared"]
+    bindings = _steps(flags, *_listed(csrc, "ops/*.cpp"))
     if sanitize:
         checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         flags += [*checks, "-O1", "-g", "-fno-omit-frame-pointer"]
         link += checks
-    bindings = _steps(flags, *_listed(csrc, "ops/*.cpp"))
     kernels = _steps([*flags, "-x", "c++"], *_listed(csrc, "cuda/*.cu"))
     return Target("_emu", (*bindings, *kernels), tuple(link), _torch_libraries(tools, "torch_cpu"))
 

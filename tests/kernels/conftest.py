@@ -5,6 +5,7 @@ host, and CUDA itself.
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -25,7 +26,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.cache
 def emulated() -> None:
-    """Build and load CUDA's kernels for the host, as ``torch.ops.megalm_emu``."""
+    """Build and load CUDA's kernels for the host, as ``torch.ops.megalm_emu``; or load those of the file that
+    MEGALM_EMU_LIBRARY names: tests/native runs these tests with one that has sanitizers.
+    """
+    if given := os.environ.get("MEGALM_EMU_LIBRARY"):
+        torch.ops.load_library(given)
+        register("megalm_emu")
+        return
 
     def targets(tools: Toolchain, csrc) -> list[Target]:  # type: ignore[no-untyped-def]
         return [emulator_target(tools, csrc)]

@@ -1,0 +1,148 @@
+"""The emulator finds what it is for: mistakes planted into a copy of the norms, each by the gate meant for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.native.compile import compile_targets
+from megalm.native.errors import BuildError
+from megalm.native.targets import emulator_target
+from megalm.native.toolchain import Toolchain, find_compiler, find_toolchain
+
+from .planted import patched
+from .sanitizers import preloaded
+from .small import ROOT
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+REDUCE = "cuda/portable.cuh"
+NORM = "cuda/norm.cu"
+
+
+@pytest.fixture(scope="session")
+def tools() -> Toolchain:
+    try:
+        return find_toolchain()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def run(folder: Path, csrc: Path, tools: Toolchain, *, sanitize: bool = False, seed: int = 1) -> tuple[int, str]:
+    """Exit status and output of comparing the norms of ``csrc`` with float64."""
+    library = folder / "built" / "_emu.so"
+    if not library.exists():
+        compile_targets([emulator_target(tools, csrc, sanitize=sanitize)], library.parent, tools, {})
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MEGALM_EMU_SEED": str(seed)}
+    env |= preloaded(tools.cxx) if sanitize else {}
+    command = [sys.executable, str(Path(__file__).with_name("planted_norm.py")), str(library)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile without optimisation, which takes a third of the time."""
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+
+
+PLANTED: dict[str, tuple[str, str, str, str]] = {
+    "a missing barrier before reading": (
+        REDUCE,
+        "  __syncthreads();\n  v = lane < warps",
+        "  v = lane < warps",
+        "differs",
+    ),
+    "a missing barrier before writing again": (
+        REDUCE,
+        "  __syncthreads();  // an earlier call's values may still be read\n",
+        "",
+        "differs",
+    ),
+    "a wrong reduction width": (REDUCE, "v = lane < warps ?", "v = lane < warps / 2 ?", "differs"),
+    "shared memory that is read before it is written": (
+        REDUCE,
+        "  if (lane == 0) row[warp] = v;\n",
+        "",
+        "differs.*nan",
+    ),
+    "a barrier that not all reach": (
+        NORM,
+        "  const Statistics s = statistics(each, a.mean != nullptr, static_cast<int>(a.cols), a.eps, shared);\n"
+        "  if (!live) return;",
+        "  if (!live) return;\n"
+        "  const Statistics s = statistics(each, a.mean != nullptr, static_cast<int>(a.cols), a.eps, shared);",
+        "a barrier that not all threads reach in block",
+    ),
+    "different barriers": (
+        REDUCE,
+        "  __syncthreads();\n  v = lane < warps",
+        "  if (warp == 0) {\n    __syncthreads();\n  } else {\n    __syncthreads();\n  }\n  v = lane < warps",
+        "threads wait at different barriers in block",
+    ),
+    "a shuffle without all lanes": (
+        REDUCE,
+        "  v = lane < warps ? row[lane] : Op::identity();\n  return warp_reduce(v, op);",
+        "  v = lane < warps ? row[lane] : Op::identity();\n  return lane < 16 ? warp_reduce(v, op) : v;",
+        "(a shuffle from a lane that takes no part in it|a barrier that not all threads reach) in block",
+    ),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_found(name: str, tmp_path: Path, tools: Toolchain) -> None:
+    file, before, after, said = PLANTED[name]
+    csrc = patched(tmp_path, file, before, after)
+    for seed in range(1, 4):
+        status, output = run(tmp_path, csrc, tools, seed=seed)
+        if status != 0:
+            break
+    assert status in (3, -6), output
+    assert re.search(said, output, re.DOTALL), output
+
+
+OVERRUNS: dict[str, tuple[str, str, str, str]] = {
+    "of a tensor": (
+        NORM,
+        "    y[i] = from_float<T>(a.bias != nullptr ? normed",
+        "    y[i + 1] = from_float<T>(a.bias != nullptr ? normed",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "of shared memory": (
+        NORM,
+        "MEGALM_SHARED(float, shared, kMaxWarps);\n  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y",
+        "MEGALM_SHARED(float, shared, 1);\n  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "of an integer": (
+        NORM,
+        "  const int64_t row = blockIdx.x, at = row * a.cols;\n  const T* x = static_cast<const T*>(a.x) + at;\n"
+        "  if (a.residual",
+        "  int huge = 0x7fffffff;\n  huge += static_cast<int>(a.cols);\n  if (huge == a.rows) return;\n"
+        "  const int64_t row = blockIdx.x, at = row * a.cols;\n  const T* x = static_cast<const T*>(a.x) + at;\n"
+        "  if (a.residual",
+        "signed integer overflow",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERRUNS)
+def test_a_planted_overrun_is_found(name: str, tmp_path: Path, tools: Toolchain) -> None:
+    if not preloaded(tools.cxx):
+        pytest.skip(f"{tools.cxx} has no sanitizers that can be preloaded")
+    file, before, after, said = OVERRUNS[name]
+    status, output = run(tmp_path, patched(tmp_path, file, before, after), tools, sanitize=True)
+    assert status not in (0, 3), output
+    assert said in output, output
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_mistake_nothing_is_found(tmp_path: Path, tools: Toolchain) -> None:
+    """The same, patched with what changes nothing: the plants are what was found."""
+    csrc = patched(tmp_path, REDUCE, "v = lane < warps ?", "v = (lane < warps) ?")
+    assert run(tmp_path, csrc, tools) == (0, "")
