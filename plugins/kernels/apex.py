@@ -49,8 +49,8 @@ class Apex(KernelProvider):
         return {"layer_norm": layer_norm} if request.operation == "layer_norm" else {"rms_norm": rms_norm}
 
 
-def problem() -> str | None:
-    """Why apex cannot be used here; none where it can."""
+def problem(extension: str = "fused_layer_norm_cuda") -> str | None:
+    """Why apex, with one of its compiled extensions, cannot be used here; none where it can."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return f"apex is not installed; {_BUILD}"
@@ -61,6 +61,6 @@ def problem() -> str | None:
             f"the apex that is installed ({where}) is not NVIDIA's but PyPI's project of the same name; "
             f"pip uninstall apex, then {_BUILD}"
         )
-    if importlib.util.find_spec("fused_layer_norm_cuda") is None:
+    if importlib.util.find_spec(extension) is None:
         return f"apex was installed without its CUDA extensions; {_BUILD}"
     return None

@@ -6,7 +6,7 @@ Matrices decay; vectors (norm weights and biases) do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -38,14 +38,19 @@ class AdamW(OptimizerPlugin):
     def build(cls, params: Mapping[str, torch.Tensor], lr: float, cfg: AdamWConfig) -> torch.optim.Optimizer:
         import torch
 
-        groups = [
-            {"params": [p for p in params.values() if p.dim() > 1], "weight_decay": cfg.weight_decay},
-            {"params": [p for p in params.values() if p.dim() <= 1], "weight_decay": 0.0},
-        ]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            decay_groups(params, cfg),
             lr=lr,
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.eps,
             fused=True,
         )
+
+
+def decay_groups(params: Mapping[str, torch.Tensor], cfg: AdamWConfig) -> list[dict[str, Any]]:
+    """Parameter groups: those that decay, and those that do not; empty ones are left out."""
+    groups = [
+        {"params": [p for p in params.values() if p.dim() > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

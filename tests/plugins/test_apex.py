@@ -1,12 +1,17 @@
-"""The apex plugin where there is no apex, where PyPI's other project is, and where NVIDIA's is (a stand-in)."""
+"""What uses NVIDIA apex, where there is no apex, where PyPI's other project is, and where NVIDIA's is (a stand-in)."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megalm.errors import PluginError
 from megalm.plugin.contract.kernels import KernelRequest
 from megalm.plugin.manager import PluginManager
 
@@ -19,6 +24,14 @@ def fused_rms_norm_affine(x, weight, shape, eps):
 def fused_layer_norm_affine(x, weight, bias, shape, eps):
     return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
 """
+
+
+@pytest.fixture(autouse=True)
+def _nothing_imported() -> Iterator[None]:
+    """What a test imports as apex is gone after it."""
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "fused_layer_norm_cuda")]:
+        del sys.modules[name]
 
 
 def _apex():  # type: ignore[no-untyped-def]
@@ -71,3 +84,52 @@ def test_serves_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     layer = apex.functions(KernelRequest("layer_norm", "cuda", "float32"))["layer_norm"]
     expected = torch.nn.functional.layer_norm(x, (64,), weight, None, 1e-5)
     torch.testing.assert_close(layer(x, weight, None, 1e-5), expected)
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Counts as apex's does: in the groups, and state is made where there is none."""
+
+    def __init__(self, params: Any, *, adam_w_mode: bool, **settings: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, **settings)
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                if len(state) == 0:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] = torch.tensor(float(group["step"] - 1))
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                del self.state[p]["step"]
+
+
+def test_adamw_goes_on_from_the_state_that_a_checkpoint_has() -> None:
+    counted = importlib.import_module("megalm_plugins.optimizers.apex_adamw").counted
+    start, gradients = torch.randn(7), torch.randn(6, 7)
+
+    def steps(optimizer: torch.optim.Optimizer, weight: torch.Tensor, which: range) -> None:
+        for i in which:
+            weight.grad = gradients[i].clone()
+            optimizer.step()
+
+    whole = start.clone()
+    steps(torch.optim.AdamW([whole], lr=0.1), whole, range(6))
+    first = start.clone()
+    optimizer = counted(FusedAdam)([first], lr=0.1, adam_w_mode=True)
+    steps(optimizer, first, range(3))
+    assert {key for key, value in optimizer.state[first].items() if value.dim() == 0} == {"step"}
+    second = first.clone()
+    resumed = counted(FusedAdam)([second], lr=0.1, adam_w_mode=True)
+    resumed.state[second] = {key: value.clone() for key, value in optimizer.state[first].items()}
+    steps(resumed, second, range(3, 6))
+    torch.testing.assert_close(second, whole)
+
+
+def test_adamw_says_what_is_missing() -> None:
+    plugin = PluginManager.for_launch(None).load_class("optimizers", "apex_adamw")
+    with pytest.raises(PluginError, match=r'"apex_adamw": apex is not installed.*"adamw" is torch'):
+        plugin.build({"w": torch.zeros(2)}, 0.1, plugin.Config())
