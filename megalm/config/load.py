@@ -30,7 +30,7 @@ __all__ = ["SECTIONS", "Resolved", "SectionKind", "diff_configs", "load_config"]
 
 
 def _has_pipeline(data: Mapping[str, Any]) -> bool:
-    """A run of one stage has no use for a schedule, and need not load the plugin of the default one."""
+    """A run of one stage has no use for a schedule, and the plugin of the default one need not be there."""
     layout = data.get("parallel")
     sizes = [layout.get(key) for key in ("pp", "pp_virtual")] if isinstance(layout, dict) else []
     return any(isinstance(size, int) and size > 1 for size in sizes)
@@ -179,9 +179,15 @@ class _Resolver:
                 self.components[section, part] = component
 
     def chosen(self, kind: SectionKind) -> tuple[dict[str, tuple[Component, KeyPath]], set[str]]:
-        """Components that the choosing key names, each with where it does, and the names that are none."""
+        """Components that the choosing key names, each with where it does, and the names that are none.
+
+        Where the run does not use what is named, a name of the user's own has to be one all the same.
+        """
         names: list[tuple[KeyPath, str]] = []
-        value = self.chosen_value(kind.key) if kind.used(self.data) else None
+        value, default = self.chosen_value(kind.key)
+        in_use = kind.used(self.data)
+        if not in_use and value == default:
+            return {}, set()
         if isinstance(value, str) and kind.argument:
             names = [(kind.key, split_argument(value, kind.kind, self.manager)[0])]
         elif isinstance(value, str):
@@ -200,19 +206,18 @@ class _Resolver:
                 failed.add(name)
             elif same is not None:
                 self.problems.append(Problem(path, f'"{name}" and "{same}" are the same'))
-            else:
+            elif in_use:
                 used[name] = (component, path)
         return used, failed
 
-    def chosen_value(self, key: tuple[str, str]) -> Any:
-        """What a choosing key says, or its default."""
-        table = self.data.get(key[0], {})
-        if not isinstance(table, dict) or key[1] in table:
-            return table.get(key[1]) if isinstance(table, dict) else None
+    def chosen_value(self, key: tuple[str, str]) -> tuple[Any, Any]:
+        """What a choosing key says, and its default."""
         section = Config.model_fields[key[0]].annotation
         assert isinstance(section, type)
         assert issubclass(section, Settings)
-        return section.model_fields[key[1]].get_default(call_default_factory=True)
+        default = section.model_fields[key[1]].get_default(call_default_factory=True)
+        table = self.data.get(key[0], {})
+        return (table.get(key[1], default) if isinstance(table, dict) else None), default
 
     def find(self, kind: str, name: str, path: KeyPath) -> Component | None:
         try:

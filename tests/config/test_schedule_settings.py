@@ -159,6 +159,18 @@ def test_a_run_of_one_stage_needs_no_schedule(run, tmp_path: Path, fake_dist) ->
     assert any("parallel: " in text for text in problems(run, "parallel=2"))
 
 
+def test_a_run_of_one_stage_names_a_schedule_that_exists(run, manager: PluginManager, tmp_path: Path) -> None:
+    """A word that nobody looks up is wrong only on the day when the run grows."""
+    (problem,) = problems(run, "parallel.pp=1", 'parallel.pp_schedule="wavs"', "pipeline_schedule.wavs.wave=3")
+    assert problem.startswith("--set parallel.pp_schedule=")
+    assert 'parallel.pp_schedule: unknown pipeline schedule "wavs"; did you mean "waves"?' in problem
+    run("parallel.pp=1", 'parallel.pp_schedule="of:x"', world_size=1)
+    lean = PluginManager.for_launch(["objectives", "architectures", "optimizers", "lr_schedules", "tokenizers"])
+    load_config(tmp_path / "run.toml", ["parallel.pp=1", 'parallel.pp_schedule="1f1b"'], lean)
+    with pytest.raises(ConfigError, match="installed but not loaded: .*pipeline_schedules"):
+        load_config(tmp_path / "run.toml", ["parallel.pp=1", 'parallel.pp_schedule="zb-v"'], lean)
+
+
 def test_another_setting_is_another_layout(run) -> None:
     """As with parallel.pp_schedule itself: a folder goes on with it only where the user says so."""
     chosen = ('parallel.pp_schedule="waves"', "train.steps=1")
