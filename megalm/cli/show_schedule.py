@@ -16,7 +16,8 @@ MOST_RANKS = 64
 """More are neither drawn nor listed one by one."""
 _RANKS_NOTE = """\
 peak: activations held at a time, one for each stage and microbatch, from F to the end of B, and to the end of W
-inbox: messages that have come and are not used yet, at most"""
+inbox: messages that have come and are not used yet, at most
+outbox: messages that were sent and whose buffers are not given back yet, at most"""
 
 
 def show(report: Report) -> None:
@@ -92,7 +93,7 @@ def _formula(report: Report, formula: BubbleFormula) -> str:
 
 def _ranks(report: Report) -> Table:
     table = Table("rank", "stages", "work", "span", "idle", box=None, pad_edge=False, header_style="bold")
-    for header in ("peak F to B", "peak F to W", "inbox"):
+    for header in ("peak F to B", "peak F to W", "inbox", "outbox"):
         table.add_column(header)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -107,5 +108,6 @@ def _ranks(report: Report) -> Table:
             str(peaks.activations),
             str(peaks.until_weights),
             str(peaks.inbox),
+            str(peaks.outbox),
         )
     return table

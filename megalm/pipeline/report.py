@@ -95,6 +95,7 @@ def document(report: Report) -> dict[str, Any]:
                 "peak_activations": peaks.activations,
                 "peak_until_weights": peaks.until_weights,
                 "peak_inbox": peaks.inbox,
+                "peak_outbox": peaks.outbox,
                 "steps": [_step(step) for step in report.verified.lowered.steps[rank]],
                 "times": [[str(r.action), r.start, r.end] for r in timeline.of(rank)],
             }

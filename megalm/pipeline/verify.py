@@ -13,13 +13,15 @@ What a rank holds follows from its order alone, whatever the actions cost.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from megalm.errors import ScheduleError
 from megalm.pipeline.deadlock import find_deadlock
 from megalm.pipeline.dependencies import BW, B, F, W
 from megalm.pipeline.faults import find_fault
-from megalm.pipeline.lower import Exchange, LoweredOrder, Step, inputs, lower
+from megalm.pipeline.lower import Exchange, LoweredOrder, Message, Step, inputs, lower
 from megalm.plugin.contract.pipeline import Action, Costs, PipelineOrder
 
 
@@ -34,6 +36,9 @@ class RankPeaks:
     weights' layers and the gradients of their outputs). Equal to ``activations`` where no backward is split."""
     inbox: int
     """Messages that the rank has begun to receive and that no action has used: buffers, if posted as lowered."""
+    outbox: int
+    """Messages that the rank has sent, or is sending, and whose use nothing has answered yet
+    (:attr:`megalm.pipeline.lower.LoweredOrder.answers`): their buffers are kept until then."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,27 @@ def verify(order: PipelineOrder, costs: Costs | None = None) -> Verified:
 
 def peaks(lowered: LoweredOrder) -> tuple[RankPeaks, ...]:
     """What each rank holds at most, see :class:`RankPeaks`."""
-    return tuple(_peaks(lowered.order, steps) for steps in lowered.steps)
+    return tuple(map(partial(_peaks, lowered.order), lowered.steps, lowered.answers))
 
 
-def _peaks(order: PipelineOrder, steps: tuple[Step, ...]) -> RankPeaks:
-    held, saved, inbox = set[tuple[int, int]](), set[tuple[int, int]](), 0
-    most = [0, 0, 0]
+def _peaks(order: PipelineOrder, steps: tuple[Step, ...], answers: Mapping[Message, tuple[Message, ...]]) -> RankPeaks:
+    held, saved, inbox, outbox = set[tuple[int, int]](), set[tuple[int, int]](), 0, 0
+    most = [0, 0, 0, 0]
     for step in steps:
         if isinstance(step, Exchange):
-            inbox += sum(transfer.direction == "recv" for transfer in step.transfers)
+            received = sum(transfer.direction == "recv" for transfer in step.transfers)
+            inbox += received
+            outbox += len(step.transfers) - received
         else:
             key = (step.stage, step.microbatch)
             if step.kind is F:
                 held.add(key)
                 saved.add(key)
-        most = [max(pair) for pair in zip(most, (len(held), len(saved), inbox), strict=True)]
+        most = [max(pair) for pair in zip(most, (len(held), len(saved), inbox, outbox), strict=True)]
         if isinstance(step, Action):
-            inbox -= len(inputs(order, step))
+            used = inputs(order, step)
+            inbox -= len(used)
+            outbox -= sum(len(answers[message]) for message in used)
             if step.kind in (B, BW) or not order.training:
                 held.discard(key)
             if step.kind in (W, BW) or not order.training:

@@ -167,7 +167,7 @@ def test_a_run_of_one_stage_names_a_schedule_that_exists(run, manager: PluginMan
     run("parallel.pp=1", 'parallel.pp_schedule="of:x"', world_size=1)
     lean = PluginManager.for_launch(["objectives", "architectures", "optimizers", "lr_schedules", "tokenizers"])
     load_config(tmp_path / "run.toml", ["parallel.pp=1", 'parallel.pp_schedule="1f1b"'], lean)
-    with pytest.raises(ConfigError, match="installed but not loaded: .*pipeline_schedules"):
+    with pytest.raises(ConfigError, match=r"installed but not loaded: .*pipeline_schedules"):
         load_config(tmp_path / "run.toml", ["parallel.pp=1", 'parallel.pp_schedule="zb-v"'], lean)
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -56,12 +57,49 @@ def test_figures(schedule: Schedule) -> None:
     assert "(P-1)/(M+P-1) = 0.2727 of idle/makespan; simulated: 0.2727" in out
     rows = [line.split() for line in out.splitlines() if line[:1].isdigit() and line[1] == " "]
     assert rows == [
-        [str(r), str(r), "24", str(33 - 3 * r), "9", str(4 - r), str(4 - r), row[-1]] for r, row in enumerate(rows)
+        [str(r), str(r), "24", str(33 - 3 * r), "9", str(4 - r), str(4 - r), row[-2], "4432"[r]]
+        for r, row in enumerate(rows)
     ]
     _, out, _ = schedule("zb-v", *SHAPE)
     assert "0.0000  (longest span - work)/span" in out
     _, out, _ = schedule("1f1b", *SHAPE, "--cost", "1,1,1,0.5")
     assert "It assumes what is not all so here: equal stages, no communication cost, M >= P" in out
+
+
+def outboxes(document: dict[str, Any]) -> list[int]:
+    """Of each rank, from the printed steps alone: a message lies there until one comes from its receiver that was made
+    after its use."""
+    used: dict[tuple[str, int, int], tuple[int, int]] = {}
+    made: dict[tuple[str, int, int], tuple[int, int]] = {}
+    for rank, each in enumerate(document["ranks"]):
+        for n, text in enumerate(step for step in each["steps"] if isinstance(step, str)):
+            stage, kind, microbatch = re.fullmatch(r"(\d+)([A-Z]+)(\d+)", text).groups()  # type: ignore[union-attr]
+            payload, by = ("activation", 1) if kind == "F" else ("gradient", -1)
+            if kind != "W":
+                made[payload, int(stage), int(microbatch)] = (rank, n)
+                used[payload, int(stage) - by, int(microbatch)] = (rank, n)
+    found = []
+    for each in document["ranks"]:
+        held: list[tuple[str, int, int]] = []
+        come: set[tuple[str, int, int]] = set()
+        peak = 0
+        for step in each["steps"]:
+            if isinstance(step, list):
+                of = {
+                    way: {(t["payload"], t["source"], t["microbatch"]) for t in step if t["direction"] == way}
+                    for way in ("send", "recv")
+                }
+                come |= of["recv"]
+                held += of["send"]
+                peak = max(peak, len(held))
+                continue
+            stage, kind, microbatch = re.fullmatch(r"(\d+)([A-Z]+)(\d+)", step).groups()  # type: ignore[union-attr]
+            taken = ("activation", int(stage) - 1) if kind == "F" else ("gradient", int(stage) + 1)
+            if kind != "W" and (message := (*taken, int(microbatch))) in come:
+                peer, at = made[message]
+                held = [sent for sent in held if used[sent][0] != peer or used[sent][1] > at]
+        found.append(peak)
+    return found
 
 
 def test_json(schedule: Schedule) -> None:
@@ -72,6 +110,7 @@ def test_json(schedule: Schedule) -> None:
     assert found["costs"] == {"F": 2, "B": 1.5, "W": 1, "comm": 0.25}
     assert len(found["ranks"]) == 4
     assert found["formula"]["holds"] is False
+    assert [rank["peak_outbox"] for rank in found["ranks"]] == outboxes(found)
 
 
 def test_files(schedule: Schedule, tmp_path: Path) -> None:
