@@ -40,17 +40,21 @@ def cut_stages(spec: ModelSpec, count: int, split: Sequence[int] | None = None) 
 
 
 def split_problems(spec: ModelSpec, count: int, split: Sequence[int] | None) -> list[str]:
-    """Why the layers cannot be cut so; empty where they can."""
+    """Why the layers cannot be cut so, each under the key that says so; empty where they can."""
     layers = spec.cfg.layers
     if split is None:
         if layers < count:
-            return [f"the pipeline has {count} stages, but the model only {layers} layers (model.layers)"]
+            return [f"parallel.pp: the pipeline has {_stages(count)}, but model.layers is {layers}"]
         return []
     if len(split) != count:
-        return [f"parallel.pp_split names {len(split)} stages, but the pipeline has {count}"]
+        return [f"parallel.pp_split: it is for {_stages(len(split))}, but the pipeline has {_stages(count)}"]
     if sum(split) != layers:
-        return [f"parallel.pp_split has {' + '.join(map(str, split))} = {sum(split)} layers, model.layers is {layers}"]
+        return [f"parallel.pp_split: the sum of {list(split)} is {sum(split)}, but model.layers is {layers}"]
     return []
+
+
+def _stages(count: int) -> str:
+    return "1 stage" if count == 1 else f"{count} stages"
 
 
 def layer_cost(spec: ModelSpec) -> int:

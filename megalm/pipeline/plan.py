@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megalm.config.settings import Settings
-from megalm.errors import ScheduleError
+from megalm.errors import LayoutError, ScheduleError
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage, cut_stages, split_problems
 from megalm.pipeline.choose import choose
@@ -24,9 +24,9 @@ class Pipeline:
     """A verified order and the stages that it places. Every rank builds the same one."""
 
     def __init__(self, name: str, order: PipelineOrder, spec: ModelSpec, split: Sequence[int] | None = None) -> None:
-        """ScheduleError where the order cannot run, or the model cannot be cut so."""
+        """ScheduleError where the order cannot run; LayoutError, naming the key, where the model cannot be cut so."""
         if problems := split_problems(spec, order.stages, split):
-            raise ScheduleError("; ".join(problems))
+            raise LayoutError("; ".join(problems))
         self.name = name
         self.verified: Verified = verify(order)
         self.stages: list[Stage] = cut_stages(spec, order.stages, split)
@@ -72,7 +72,8 @@ def make_pipeline(
 ) -> Pipeline:
     """The pipeline that a configuration asks for; ``schedule`` as ``megalm schedule`` takes it, ``settings`` its own.
 
-    Raises PluginError for an unknown schedule, ScheduleError for one that does not admit this shape or model.
+    Raises PluginError for an unknown schedule or one whose plugin fails, ScheduleError for one that does not admit this
+    shape, LayoutError for a model that cannot be cut so.
     """
     if ranks == 1 and virtual in (None, 1):
         return Pipeline("serial", serial_order(microbatches), spec, split)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megalm.config.load import Resolved
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
-from megalm.errors import ConfigError, DataError, PluginError, ScheduleError
+from megalm.errors import ConfigError, DataError, LayoutError, PluginError, ScheduleError
 from megalm.model.kernels import kernel_requests
 from megalm.model.spec import ModelSpec, layout_problems, resolve_model
 from megalm.ops.choose import Decision, choose_kernels
@@ -119,6 +119,8 @@ def prepare_run(
         )
     except (PluginError, ScheduleError) as error:
         raise ConfigError([f"parallel.pp_schedule: {error}"]) from None
+    except LayoutError as error:
+        raise ConfigError([str(error)]) from None
     decisions: tuple[Decision, ...] = ()
     if device is not None:
         requests = kernel_requests(spec, device, config.train.precision)

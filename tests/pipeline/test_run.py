@@ -18,7 +18,7 @@ import torch
 
 import megalm.testing.parity as parity
 import megalm.train.step as step_module
-from megalm.errors import ScheduleError
+from megalm.errors import LayoutError
 from megalm.model.language_model import LanguageModel
 from megalm.ops.linear import _collecting
 from megalm.parallel.comm import Group
@@ -332,9 +332,9 @@ def test_what_cannot_be(campaign_seed: int, tmp_path: Path) -> None:
     with ObjectiveSubject("causal_lm", seed=campaign_seed) as subject:
         spec, manager = subject.prepared().spec, subject.manager
         make: Callable[..., Pipeline] = lambda **k: make_pipeline(spec, manager, **{"microbatches": 4, **k})  # noqa: E731
-        with pytest.raises(ScheduleError, match="4 stages, but the model only 2 layers"):
+        with pytest.raises(LayoutError, match=r"^parallel\.pp: the pipeline has 4 stages, but model\.layers is 2$"):
             make(schedule="1f1b", ranks=4)
-        with pytest.raises(ScheduleError, match=r"pp_split has 1 \+ 2 = 3 layers, model.layers is 2"):
+        with pytest.raises(LayoutError, match=r"pp_split: the sum of \[1, 2\] is 3, but model.layers is 2"):
             make(schedule="1f1b", ranks=2, split=(1, 2))
-        with pytest.raises(ScheduleError, match="pp_split names 3 stages, but the pipeline has 2"):
+        with pytest.raises(LayoutError, match="pp_split: it is for 3 stages, but the pipeline has 2 stages"):
             make(schedule="1f1b", ranks=2, split=(1, 1, 1))

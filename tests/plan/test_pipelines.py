@@ -230,3 +230,22 @@ def test_what_a_schedule_does_not_admit_is_refused_by_name(prepared_run: Prepare
     case = Case("gpt2", Grid(), run("zb-v", "parallel.pp_virtual=3", "model.layers=6"), 2)
     with pytest.raises(ConfigError, match=r"parallel\.pp_schedule: zb-v does not admit P=2, M=1, V=3"):
         case.prepare(prepared_run)
+
+
+SPLITS = [
+    ("gpipe", "[1]", "parallel.pp_split: it is for 1 stage, but the pipeline has 2 stages"),
+    ("gpipe", "[1, 4]", "parallel.pp_split: the sum of [1, 4] is 5, but model.layers is 2"),
+    ("zb-v", "[1, 1]", "parallel.pp_split: it is for 2 stages, but the pipeline has 4 stages"),
+    ("interleaved", None, "parallel.pp: the pipeline has 4 stages, but model.layers is 2"),
+]
+
+
+@pytest.mark.parametrize(("schedule", "split", "message"), SPLITS)
+def test_a_model_that_cannot_be_cut_so(
+    prepared_run: PreparedRun, schedule: str, split: str | None, message: str
+) -> None:
+    """The key that is wrong is named, and no other."""
+    more = () if split is None else (f"parallel.pp_split={split}",)
+    with pytest.raises(ConfigError) as error:
+        Case("gpt2", Grid(), run(schedule, "model.layers=2", *more), 2).prepare(prepared_run)
+    assert error.value.problems == [message]
