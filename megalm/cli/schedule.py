@@ -108,7 +108,8 @@ def _show_run(folder: Path, svg: Path | None, json: bool) -> None:
     recorded = Recorded.read(folder)
     if recorded is None:
         raise DataError(
-            f"{folder / NAME}: there is none; a run with parallel.pp above 1 writes it after its third step"
+            f"{folder / NAME}: there is none; a run with parallel.pp above 1 writes it after the third step of a "
+            "launch, or after the last of a shorter one"
         )
     if svg is not None:
         _write(svg, "--svg", recorded.svg())

@@ -179,7 +179,11 @@ RUNS = [
     (("--run", "RUN", "--stages", "2"), "--stages and --run exclude each other"),
     (("--run", "RUN", "--cost", "1,1,1,0"), "--cost and --run exclude each other"),
     (("--run", "RUN", "--plugins", "pipeline_schedules"), "--plugins and --run exclude each other"),
-    (("--run", "RUN/none"), "none/pipeline.json: there is none; a run with parallel.pp above 1 writes it"),
+    (
+        ("--run", "RUN/none"),
+        "none/pipeline.json: there is none; a run with parallel.pp above 1 writes it after the third step of a launch, "
+        "or after the last of a shorter one",
+    ),
     (("--run", "RUN/bad"), "bad/pipeline.json: not a record of a pipeline"),
     (("--run", "RUN/file"), "file/pipeline.json: cannot be read: Not a directory"),
     ((), "megalm schedule needs NAME, or --run DIR"),
