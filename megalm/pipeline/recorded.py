@@ -8,12 +8,13 @@ what a plan does not know: communication, and that no two forwards take the same
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megalm import files
 from megalm.errors import DataError, ScheduleError
@@ -25,6 +26,8 @@ from megalm.plugin.contract.pipeline import ActionKind, Costs, PipelineOrder
 from megalm.plugin.contract.pipeline_csv import order_from_csv
 
 NAME = "pipeline.json"
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+"""What a terminal obeys, or XML cannot hold."""
 MOST_DRAWN = 20_000
 """Actions of a drawing inside a page, of both timelines together: some megabytes."""
 
@@ -34,7 +37,7 @@ class Recorded:
     """One measured step of one pipeline."""
 
     schedule: str
-    """As the configuration names it."""
+    """As the configuration names it; control characters (a file's name may have some) are escaped."""
     step: int
     """Counted from 1."""
     order: PipelineOrder
@@ -52,7 +55,7 @@ class Recorded:
         """``times``: for each rank the start and the end of each of its actions, in its order, by one clock."""
         zero = min(start for rank in times for start, _ in rank)
         measured = _timeline(order, [[(start - zero, end - zero) for start, end in rank] for rank in times])
-        return cls(schedule, step, order, mean_costs(order, measured), measured, clock_error)
+        return cls(_escaped(schedule), step, order, mean_costs(order, measured), measured, clock_error)
 
     @property
     def planned(self) -> Timeline:
@@ -182,8 +185,18 @@ def _seconds(value: float) -> str:
 
 def _damaged(path: Path, text: str) -> DataError:
     return DataError(
-        f"{path}: not a record of a pipeline ({text}); remove it, and the next recorded step writes it anew"
+        f"{path}: not a record of a pipeline ({_escaped(text)}); remove it, and the next recorded step writes it anew"
     )
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _name(text: str) -> str:
+    if found := _CONTROL.search(text):
+        raise ValueError(f"holds the control character U+{ord(found[0]):04X}")
+    return text
 
 
 _Time = Annotated[float, Field(ge=0, lt=1e9)]
@@ -195,7 +208,7 @@ class _File(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     version: Literal[1]
-    schedule: str
+    schedule: Annotated[str, AfterValidator(_name)]
     step: Annotated[int, Field(ge=1)]
     costs: list[tuple[_Time, _Time, _Time]]
     clock_error: _Time

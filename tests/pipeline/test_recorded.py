@@ -81,6 +81,17 @@ def test_the_file_is_read_back(build: Build, tmp_path: Path, name: str) -> None:
     assert Recorded.read(tmp_path) == again
 
 
+def test_a_name_with_control_characters_is_written_escaped(build: Build, tmp_path: Path) -> None:
+    """A table may lie in a file of any name."""
+    found = record(build("1f1b", 2, 4), Costs(0.01, 0.02, 0.01), name="csv:a\nb\x1b[2J\x85 é\u3000.csv")
+    found.write(tmp_path)
+    assert found.schedule == "csv:a\\nb\\x1b[2J\\x85 é\u3000.csv"
+    again = Recorded.read(tmp_path)
+    assert again is not None
+    assert again.schedule == found.schedule
+    ElementTree.fromstring(found.svg())
+
+
 def test_no_file(tmp_path: Path) -> None:
     assert Recorded.read(tmp_path) is None
 
@@ -101,6 +112,12 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
 DAMAGE = [
     (_set("version", 2), "version: Input should be 1"),
     (_set("schedule", None), "schedule: Field required"),
+    (_set("schedule", "1f1b\x1b]0;owned\x07"), "schedule: Value error, holds the control character U\\+001B"),
+    (_set("schedule", "\0"), "schedule: .* U\\+0000"),
+    (_set("schedule", "\x9b2J"), "schedule: .* U\\+009B"),
+    (_set("schedule", "\uffff"), "schedule: .* U\\+FFFF"),
+    (_set("schedule", "\ud800"), "Invalid JSON"),
+    (_set("\x1b[2J", 1), r"\(\\x1b\[2J: Extra inputs are not permitted"),
     (_set("more", 1), "more: Extra inputs are not permitted"),
     (_set("step", "3"), "step: Input should be a valid integer"),
     (_set("step", 0), "step: Input should be greater than or equal to 1"),
@@ -134,6 +151,7 @@ def test_a_damaged_file_is_named(build: Build, tmp_path: Path, damage: Callable[
         Recorded.read(tmp_path)
     assert str(error.value).startswith(f"{path}: not a record of a pipeline (")
     assert "remove it" in str(error.value)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"version": NaN}'])
