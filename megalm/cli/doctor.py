@@ -116,9 +116,13 @@ def _libraries() -> dict[str, Any]:
     if isinstance(loaded, Absent):
         return {"loaded": "none", "why": loaded.reason.splitlines()}
     record = loaded.record
+    from megalm.native.helpers import helpers
+
+    module = helpers()
     found: dict[str, Any] = {
         "loaded": [f"{name}.so" for name in record["libraries"] if name != "_cuda" or loaded.cuda],
         "from": f"the {loaded.origin}, {loaded.folder}",
+        "helpers": module if isinstance(module, str) else str(module.__file__),
         "sources": record["sources"][:12],
         "processor": record["march"] or "the compiler's default",
         "compiler": record["compiler"],

@@ -12,8 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 
+from megalm.native.helpers import helpers
+
 _ROUNDS = 8
 _LEAST_HALF_BITS = 3
+_GREATEST_NATIVE_HALF_BITS = 31  # the helper computes in 64 bits
 _MASK = (1 << 64) - 1
 
 
@@ -28,6 +31,7 @@ class Permutation:
         self._low = (1 << self._half) - 1
         text = json.dumps(key, separators=(",", ":")).encode("ascii")
         digest = hashlib.shake_256(b"megalm permutation\0" + text).digest(8 * _ROUNDS)
+        self._key_bytes = digest
         self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
     def __len__(self) -> int:
@@ -37,6 +41,14 @@ class Permutation:
         """The image of ``index``; IndexError outside of range(n)."""
         if not 0 <= index < self.n:
             raise IndexError(f"item {index} of a permutation of {self.n}")
+        native = helpers() if self._half <= _GREATEST_NATIVE_HALF_BITS else ""
+        if isinstance(native, str):
+            return self.reference(index)
+        image: int = native.permuted(index, self.n, self._half, self._key_bytes)
+        return image
+
+    def reference(self, index: int) -> int:
+        """The same in Python, for an index inside."""
         value = self._encipher(index)
         while value >= self.n:
             value = self._encipher(value)

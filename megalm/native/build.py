@@ -84,9 +84,14 @@ def build_key(chosen: Sequence[Target], tools: Toolchain, csrc: Path) -> str:
 
 
 def build_into(out: Path) -> dict[str, Any]:
-    """Compile :func:`default_targets` into a folder and return the record that is left there. Raises BuildError."""
+    """Compile :func:`default_targets`, and the helpers if that is possible, into a folder and return the record that is
+    left there. Raises BuildError.
+    """
     tools, csrc = find_toolchain(), targets.sources()
-    return _build(default_targets(tools, csrc), out, tools, csrc)
+    chosen = default_targets(tools, csrc)
+    with contextlib.suppress(BuildError):  # Python's headers are not everywhere, and operations need them not
+        chosen.append(targets.helpers_target(tools, csrc))
+    return _build(chosen, out, tools, csrc)
 
 
 def cached(choose: Callable[[Toolchain, Path], list[Target]] = default_targets) -> Path:

@@ -7,9 +7,12 @@ use torch's stable ABI, so one library serves every torch from :data:`TORCH_TARG
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
+import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,15 +119,36 @@ def emulator_target(tools: Toolchain, csrc: Path, *, sanitize: bool = False, def
     return Target("_emu", (*bindings, *kernels), tuple(link), _torch_libraries(tools, "torch_cpu"))
 
 
+def helpers_name() -> str:
+    """Of the helpers' library: it serves one version of Python."""
+    return f"_helpers.{sys.implementation.cache_tag}"
+
+
+def helpers_target(tools: Toolchain, csrc: Path) -> Target:
+    """The tensor-free helpers, a module of Python. Raises BuildError without pybind11 or Python's headers."""
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        raise BuildError(f"Python's headers are not in {python} (Debian, Ubuntu: apt-get install python3-dev)")
+    spec = importlib.util.find_spec("pybind11")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("pybind11 is missing: pip install pybind11")
+    includes = [python, Path(spec.submodule_search_locations[0]) / "include"]
+    flags = [*_plain_cxx(tools, csrc), *march(), *(word for path in includes for word in ("-isystem", str(path)))]
+    return Target(helpers_name(), _steps(flags, *_listed(csrc, "helpers/*.cpp")), (tools.cxx, "-shared"), ())
+
+
 def _cxx(tools: Toolchain, csrc: Path) -> list[str]:
+    """With torch's headers, which may warn."""
+    torch = ["-isystem", str(tools.torch.root / "include")]
+    return [*_plain_cxx(tools, csrc), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch]
+
+
+def _plain_cxx(tools: Toolchain, csrc: Path) -> list[str]:
     return [
         *(tools.cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
         *_FLOATS,
         *_WARNINGS,
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f"-ffile-prefix-map={csrc.parent}/=",  # libraries name no folder of the machine that built them
-        # torch's own headers may warn.
-        *("-isystem", str(tools.torch.root / "include")),
         f"-I{csrc}",
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
