@@ -27,7 +27,8 @@ class ConfigError(UsageError):
 
 
 class PluginError(UsageError):
-    """A plugin is missing, ambiguous, of another API version, or fails to import."""
+    """A plugin is missing, ambiguous, of another API version, or fails: to import, or where it is asked for
+    something before a run begins."""
 
 
 class LayoutError(UsageError):

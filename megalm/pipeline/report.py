@@ -32,10 +32,11 @@ class Report:
 
     @classmethod
     def of(cls, chosen: Chosen, shape: PipelineShape, costs: Costs) -> Report:
-        """Build, verify and simulate. ScheduleError where the shape is not admitted or the order cannot run."""
+        """Build, verify and simulate. ScheduleError where the shape is not admitted or the order cannot run;
+        PluginError where the schedule's own code fails."""
         order = chosen.build(shape)
         verified = verify(order)
-        formula = chosen.schedule.formula(shape, costs)
+        formula = chosen.formula(shape, costs)
         timeline = simulate(order, costs)
         reference = chosen.schedule.reference
         return cls(chosen.name, reference, shape, costs, verified, timeline, formula, lower_bound(order, costs))

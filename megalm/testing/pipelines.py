@@ -118,7 +118,7 @@ def _with_pipeline(
     for micro_batch in cuts(grid, microbatches):
         for virtual in range(1, min(VIRTUAL, stages // pp) + 1):
             layout = replace(grid, micro_batch=micro_batch, pp=pp, schedule=chosen.name, virtual=virtual)
-            if chosen.schedule.objection(_shape(layout)) is None:
+            if chosen.objection(_shape(layout)) is None:
                 yield layout
 
 

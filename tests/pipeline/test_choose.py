@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from megalm.config.settings import Settings
-from megalm.errors import PluginError, ScheduleError
+from megalm.errors import PluginError, ScheduleError, UsageError
 from megalm.pipeline.choose import Chosen, choose
-from megalm.plugin.contract.pipeline import Action, ActionKind, PipelineOrder, PipelineSchedule, PipelineShape
+from megalm.pipeline.report import Report
+from megalm.plugin.contract.pipeline import Action, ActionKind, Costs, PipelineOrder, PipelineSchedule, PipelineShape
 from megalm.plugin.manager import PluginManager
 
 BASE = """
@@ -24,7 +25,8 @@ MEGALM_API = (1, 2)
 def megalm_pipeline_schedules():
     return [Component("mine", "my_schedules:Mine", "mine"), Component("1f1b", "my_schedules:Mine", "again"),
             Component("even", "my_schedules:Even", "even"), Component("text", "my_schedules:Text", "text"),
-            Component("odd", "my_schedules:Odd", "odd"), Component("not", "my_schedules:hookimpl", "none")]
+            Component("odd", "my_schedules:Odd", "odd"), Component("not", "my_schedules:hookimpl", "none"),
+            Component("fails", "my_schedules:Fails", "raises")]
 
 class Mine(PipelineSchedule):
     def build(self, shape):
@@ -40,6 +42,35 @@ class Odd(Mine):
 
 class Text(Mine):
     argument_name = "TEXT"
+
+class Fails(Mine):
+    argument_name = "WHERE"
+    def __init__(self, cfg, argument=None):
+        super().__init__(cfg, argument)
+        self.fail("init")
+    def fail(self, where):
+        if self.argument == where:
+            raise KeyError("gone\\nmissing")
+        if self.argument == "told" and where == "build":
+            from megalm.api import UsageError
+            raise UsageError("do it so")
+    @property
+    def fixed_shape(self):
+        self.fail("fixed")
+    def objection(self, shape):
+        self.fail("objection")
+        if shape.ranks > 1:
+            return "it is for one rank"
+        self.fail("near")
+    def build(self, shape):
+        self.fail("build")
+        order = super().build(shape)
+        return PipelineOrder(order.placement, self.lazy(order.ranks), 1) if self.argument == "lazy" else order
+    def lazy(self, ranks):
+        yield from ranks
+        self.fail("lazy")
+    def formula(self, shape, costs):
+        self.fail("formula")
 """
 
 
@@ -142,6 +173,38 @@ def test_the_nearest_shapes_are_named(more: PluginManager) -> None:
     with pytest.raises(ScheduleError) as error:
         choose("even", more).build(PipelineShape(5, 8))
     assert str(error.value).endswith("what it admits: P=3, M=8, V=1")
+
+
+FAILS = [
+    ("init", 1, "__init__"),
+    ("fixed", 1, "fixed_shape"),
+    ("objection", 1, "objection(P=1, M=1, V=1)"),
+    ("near", 2, "objection(P=1, M=1, V=1)"),
+    ("build", 1, "build(P=1, M=1, V=1)"),
+    ("lazy", 1, "build(P=1, M=1, V=1)"),
+    ("formula", 1, "formula(P=1, M=1, V=1)"),
+]
+
+
+@pytest.mark.parametrize(("where", "ranks", "call"), FAILS)
+def test_a_plugin_that_fails_is_named(more: PluginManager, where: str, ranks: int, call: str) -> None:
+    def report() -> Report:
+        chosen = choose(f"fails:{where}", more)
+        return Report.of(chosen, chosen.shape(ranks, 1, None), Costs())
+
+    with pytest.raises(PluginError) as error:
+        report()
+    text = str(error.value)
+    assert text.startswith(f'pipeline schedule "fails:{where}" of plugin mine (mine 1.0) failed in {call}: KeyError: ')
+    assert "my_schedules.py:" in text
+    assert "\n" not in text
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_what_a_plugin_tells_the_user_passes(more: PluginManager) -> None:
+    with pytest.raises(UsageError, match=r"^do it so$") as error:
+        choose("fails:told", more).build(PipelineShape(1, 1))
+    assert type(error.value) is UsageError
 
 
 REFUSED = [
