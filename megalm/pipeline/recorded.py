@@ -118,7 +118,7 @@ class Recorded:
         }
 
     def write(self, folder: Path) -> None:
-        """Write ``pipeline.json``, atomically."""
+        """Write ``pipeline.json``, atomically. OSError where that cannot be; then the file is as it was."""
         found = {
             "version": 1,
             "schedule": self.schedule,

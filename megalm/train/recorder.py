@@ -8,6 +8,7 @@ and bring their times together. A pipeline of one rank has nothing to show, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.pipeline.clocks import Stopwatch, compare_clocks
 from megalm.pipeline.plan import Pipeline
-from megalm.pipeline.recorded import Recorded
+from megalm.pipeline.recorded import NAME, Recorded
 
 FIRST = 3
 LATER = frozenset(10**power for power in range(1, 19))
@@ -26,10 +27,14 @@ LATER = frozenset(10**power for power in range(1, 19))
 class PipelineRecorder:
     """Of one rank. ``start``, then for each step ``begin``, ``mark`` at each action's begin and end, and ``end``."""
 
-    def __init__(self, pipeline: Pipeline, parallel: ParallelContext, run_dir: Path) -> None:
+    def __init__(
+        self, pipeline: Pipeline, parallel: ParallelContext, run_dir: Path, warn: Callable[[str], None]
+    ) -> None:
+        """``warn``: told where the record cannot be written, which is no reason to end a run."""
         self._pipeline = pipeline
         self._parallel = parallel
         self._run_dir = run_dir
+        self._warn = warn
         self._watch: Stopwatch | None = None
         self._done = self._total = 0
 
@@ -53,14 +58,17 @@ class PipelineRecorder:
             self._watch.mark()
 
     def end(self, step: int) -> None:
-        """After the step: if it was recorded, the first pipeline's first rank writes the record."""
+        """After the step: if it was recorded, the first pipeline's first rank writes the record, or warns."""
         if self._watch is None:
             return
         with phase("record the pipeline's times"):
             recorded = self._gather(step, self._watch.moments())
         self._watch = None
         if self._parallel.rank == 0:
-            recorded.write(self._run_dir)
+            try:
+                recorded.write(self._run_dir)
+            except OSError as error:
+                self._warn(f"step {step} is not recorded: {self._run_dir / NAME}: {error.strerror or error}")
 
     def _gather(self, step: int, moments: list[float]) -> Recorded:
         """This rank's moments with those of its pipeline's other ranks, by the first rank's clock."""

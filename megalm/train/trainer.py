@@ -64,7 +64,7 @@ class Trainer:
             dp_size=parallel.dp.size,
         )
         self.metrics = MetricsFile(prepared.run_dir / METRICS)
-        self.recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir)
+        self.recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir, self._warn)
         self.warnings: list[str] = []
         self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
 

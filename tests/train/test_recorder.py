@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 import megalm.train.recorder as recorder_module
+from megalm import files
 from megalm.errors import DataError
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import run_simulated
 from megalm.pipeline.dependencies import Places
-from megalm.pipeline.recorded import Recorded
+from megalm.pipeline.recorded import NAME, Recorded
 from megalm.testing.processes import run_processes
 from megalm.train.outcome import make_report
 from megalm.train.prepare import Prepared
@@ -75,6 +78,26 @@ def test_a_step_is_recorded_in_simulated_groups(prepare: Any, name: str, monkeyp
     assert page.index(">planned") < page.index(">measured")
 
 
+def test_a_record_that_cannot_be_written_ends_no_run(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full just then: the record of an earlier launch stays, and the user is told."""
+    overrides, layout = LAYOUTS["pp3 1f1b"]
+    prepared = prepare("causal_lm", *overrides, *QUICK, world_size=3)
+    write_text = files.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == NAME:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(files, "write_text", full)
+    train(prepared, layout)
+    assert not (prepared.run_dir / NAME).exists()
+    summary = json.loads((prepared.run_dir / "summary.json").read_text())
+    assert summary["steps"] == prepared.resolved.config.train.steps
+    assert summary["warnings"] == [f"step 3 is not recorded: {prepared.run_dir / NAME}: No space left on device"]
+    assert "No space left on device" in (prepared.run_dir / "report.html").read_text()
+
+
 @pytest.mark.dist
 def test_a_step_is_recorded_on_real_ranks(prepare: Any) -> None:
     overrides, layout = LAYOUTS["pp3 1f1b"]
@@ -128,7 +151,7 @@ def test_recording_changes_no_bit(prepare: Any, run: Any, tmp_path: Path, monkey
 
 
 def due(prepared: Prepared, parallel: ParallelContext, done: int, total: int) -> list[int]:
-    recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir)
+    recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir, pytest.fail)
     recorder.start(done, total)
     steps = []
     for step in range(done + 1, total + 1):
