@@ -9,7 +9,7 @@ from rich.text import Text
 from megalm.pipeline.recorded import Recorded
 from megalm.pipeline.report import MEASURES, Report
 from megalm.pipeline.simulate import Timeline
-from megalm.pipeline.text import draw, too_long
+from megalm.pipeline.text import draw, legend, too_long
 from megalm.plugin.contract.pipeline import BubbleFormula, PipelineOrder
 
 MOST_RANKS = 64
@@ -62,14 +62,7 @@ def _draw(console: Console, width: int | None, timeline: Timeline, order: Pipeli
         return
     for line in draw(timeline, order.placement, width):
         console.print(line, no_wrap=True, overflow="ignore", crop=False)
-    console.print(Text(_legend(order), style="dim"))
-
-
-def _legend(order: PipelineOrder) -> str:
-    several = order.stages_per_rank > 1
-    return "F forward, B gradient of input, W of weights, BW both; then the microbatch" + (
-        "; a, b, ... the rank's first, second, ... stage" if several else ""
-    )
+    console.print(Text(legend(order.placement), style="dim"))
 
 
 def _figures(report: Report) -> Table:

@@ -61,7 +61,7 @@ def render_svg(
     Each panel's time starts at 0. Stages of one rank differ in shade. ``embedded``: for a page that has the title,
     and the colours ``--page``, ``--ink`` and ``--soft``, itself.
     """
-    turns = _turns(placement)
+    turns = turns_of(placement)
     longest = max((panel.timeline.makespan for panel in panels), default=0.0) or 1.0
     width = _width(panels, longest, embedded)
     scale = width / longest
@@ -96,11 +96,6 @@ def _fills() -> str:
     return "".join(
         f".timeline .{kind}{shade} rect {{ fill: var(--{kind}{shade}); }} " for kind in KINDS for shade in (0, 1)
     )
-
-
-def _turns(placement: Sequence[int]) -> list[int]:
-    """Of each stage, how many of its rank come before it."""
-    return [list(placement[:stage]).count(rank) for stage, rank in enumerate(placement)]
 
 
 def _width(panels: Sequence[Panel], longest: float, embedded: bool) -> float:
@@ -167,6 +162,11 @@ def _action(record: Record, begin: float, y: int, scale: float, turns: Sequence[
         f'<g class="a {kind}{turns[stage] % 2}"><title>{escape(title)}</title>'
         f'<rect x="{x:.2f}" y="{top}" width="{max(width, 0.5):.2f}" height="{LANE}" rx="3"/>{text}</g>'
     )
+
+
+def turns_of(placement: Sequence[int]) -> list[int]:
+    """Of each stage, how many of its rank come before it."""
+    return [list(placement[:stage]).count(rank) for stage, rank in enumerate(placement)]
 
 
 def ticks(end: float, most: float) -> list[float]:

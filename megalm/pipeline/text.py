@@ -12,7 +12,7 @@ from string import ascii_lowercase
 from rich.text import Text
 
 from megalm.pipeline.simulate import Timeline
-from megalm.pipeline.svg import ticks
+from megalm.pipeline.svg import ticks, turns_of
 from megalm.plugin.contract.pipeline import Action, ActionKind
 
 STYLES = {
@@ -50,9 +50,19 @@ def too_long(timeline: Timeline, placement: Sequence[int]) -> bool:
     return timeline.makespan * _scale(timeline, _labels(timeline, placement)) > LONGEST
 
 
+def legend(placement: Sequence[int]) -> str:
+    """What the letters of a drawing are."""
+    each = "; a, b, ... the rank's first, second, ... stage" if _several(placement) else ""
+    return f"F forward, B gradient of input, W of weights, BW both; then the microbatch{each}"
+
+
+def _several(placement: Sequence[int]) -> bool:
+    """A rank has more than one stage, so that a label has to say which."""
+    return len(set(placement)) < len(placement)
+
+
 def _labels(timeline: Timeline, placement: Sequence[int]) -> dict[Action, str]:
-    several = len(set(placement)) < len(placement)
-    turns = [list(placement[:stage]).count(rank) for stage, rank in enumerate(placement)]
+    several, turns = _several(placement), turns_of(placement)
 
     def label(action: Action) -> str:
         if not several:

@@ -11,7 +11,7 @@ import pytest
 from megalm.pipeline.report import Report, document
 from megalm.pipeline.simulate import Record, Timeline, simulate
 from megalm.pipeline.svg import Panel, render_svg, ticks
-from megalm.pipeline.text import draw
+from megalm.pipeline.text import draw, legend
 from megalm.plugin.contract.pipeline import Action, ActionKind, Costs, PipelineOrder
 
 from .conftest import NAMES
@@ -89,6 +89,15 @@ def test_text_by_hand(build: Build) -> None:
         "rank 1 ...F0-BW0---F1-BW1---......",
         "time   0              5",
     ]
+
+
+def test_the_legend_explains_the_letters_that_are_drawn(build: Build) -> None:
+    """Also where only one of the ranks has several stages."""
+    for placement, letters in ((build("1f1b", 2, 2).placement, False), ((0, 1, 0), True)):
+        ranks = [[Action(ActionKind.F, s, 0) for s, at in enumerate(placement) if at == rank] for rank in (0, 1)]
+        order = PipelineOrder(placement, tuple(map(tuple, ranks)), 1, training=False)
+        drawn = "".join(line.plain for line in draw(simulate(order, Costs()), placement, None))
+        assert bool(re.search("F0[a-z]", drawn)) == letters == ("a, b, ..." in legend(placement))
 
 
 @pytest.mark.parametrize("name", NAMES)
