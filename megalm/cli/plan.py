@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from megalm.config.schema import Config
-    from megalm.plan.comm import RankClass
+    from megalm.plan.comm import AlikeRanks
     from megalm.plan.recording import Grid
     from megalm.train.prepare import Prepared
 
@@ -49,7 +49,7 @@ def plan(
     prepared = prepare_run(resolved, manager, size)
     layout = resolved.config.parallel
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
-    volumes: dict[str, list[RankClass]] = {}
+    volumes: dict[str, list[AlikeRanks]] = {}
     if comm:
         planner = Planner(prepared.spec, prepared.pipeline, grid, resolved.config.train.precision)
         volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))

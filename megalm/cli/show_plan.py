@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megalm.parallel.volume import Volume
-from megalm.plan.comm import RankClass, largest
+from megalm.plan.comm import AlikeRanks, largest
 from megalm.plan.entries import total
 from megalm.plan.report import MEASURED, axes
 
@@ -65,7 +65,7 @@ def _span(counts: list[int]) -> str:
     return many if few == many else f"{few} to {many}"
 
 
-def show_communication(what: str, classes: list[RankClass], pp: int) -> None:
+def show_communication(what: str, classes: list[AlikeRanks], pp: int) -> None:
     """A table of the ranks that send most, with totals by axis; of ``pp`` pipeline ranks, what each sends."""
     most, console = largest(classes), _console()
     table = Table("item", "axis", "operation", "calls", "payload", "wire", box=None, pad_edge=False)
@@ -91,7 +91,7 @@ def show_communication(what: str, classes: list[RankClass], pp: int) -> None:
     console.print(f"\nNote: {MEASURED}.", style="dim")
 
 
-def _show_places(classes: list[RankClass], pp: int) -> None:
+def _show_places(classes: list[AlikeRanks], pp: int) -> None:
     """For each pipeline rank what those of its ranks send that send most, by axis."""
     every = list(dict.fromkeys(axis for each in classes for axis in axes(each)))
     table = Table("pp rank", *(f"wire {axis}" for axis in every), "wire in all", box=None, pad_edge=False)

@@ -36,7 +36,7 @@ _SUMS_BYTES = 8
 
 
 @dataclass(frozen=True)
-class RankClass:
+class AlikeRanks:
     """Ranks that communicate alike."""
 
     ranks: tuple[int, ...]
@@ -81,7 +81,7 @@ class Planner:
             self._layouts.append({name: declared[name] for name, _ in model.named_parameters()})
             self._ways.append([(stage, ways(model.backbone, stage)) for stage in stages])
 
-    def step(self, objective: Scorer, microbatches: Microbatches) -> list[RankClass]:
+    def step(self, objective: Scorer, microbatches: Microbatches) -> list[AlikeRanks]:
         """What each rank communicates in one optimizer step, ``microbatches`` being those of the step.
 
         Classes come in the order of their lowest ranks.
@@ -90,7 +90,7 @@ class Planner:
         found = {each: self._rows(objective, each, [self.pipeline.verified.lowered], train=True) for each in set(asked)}
         return self._classes([found[each] for each in asked], self._gradients())
 
-    def evaluation(self, objective: Scorer, batches: Microbatches, *, at_once: int) -> list[RankClass]:
+    def evaluation(self, objective: Scorer, batches: Microbatches, *, at_once: int) -> list[AlikeRanks]:
         """The same for one evaluation, of which ``at_once`` batches for each pipeline rank go through it together."""
         asked = self._ask(objective, batches, train=False)
         found = {}
@@ -173,7 +173,7 @@ class Planner:
 
     def _classes(
         self, rows: list[list[tuple[Entry, ...]]], gradients: list[list[tuple[Entry, ...]]]
-    ) -> list[RankClass]:
+    ) -> list[AlikeRanks]:
         """``rows``: by data-parallel and pipeline rank; ``gradients``: by pipeline and tensor-parallel rank."""
         found: dict[tuple[Entry, ...], list[int]] = {}
         for rank in range(self.pp * self.grid.size):
@@ -181,9 +181,9 @@ class Planner:
             dp_index, tp_index = divmod(inside, self.grid.tp)
             entries = merged((*rows[dp_index][place], *gradients[place][tp_index]))
             found.setdefault(entries, []).append(rank)
-        return [RankClass(tuple(ranks), entries) for entries, ranks in found.items()]
+        return [AlikeRanks(tuple(ranks), entries) for entries, ranks in found.items()]
 
 
-def largest(classes: list[RankClass]) -> RankClass:
+def largest(classes: list[AlikeRanks]) -> AlikeRanks:
     """The ranks that send most, the first of them where several do."""
     return max(classes, key=lambda each: total(each.entries).wire)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megalm.parallel.volume import Volume
-from megalm.plan.comm import RankClass, largest
+from megalm.plan.comm import AlikeRanks, largest
 from megalm.plan.entries import total
 
 MEASURED = "the loss is measured on the first microbatches: what it sends may depend on which positions are scored"
 
 
-def communication(classes: list[RankClass]) -> dict[str, Any]:
+def communication(classes: list[AlikeRanks]) -> dict[str, Any]:
     """Classes of ranks that communicate alike, each item of theirs, and totals by axis; bytes."""
     return {
         "note": MEASURED,
@@ -33,7 +33,7 @@ def communication(classes: list[RankClass]) -> dict[str, Any]:
     }
 
 
-def axes(each: RankClass) -> list[str]:
+def axes(each: AlikeRanks) -> list[str]:
     """The axes on which something is said."""
     return list(dict.fromkeys(e.axis for e in each.entries))
 

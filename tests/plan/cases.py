@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalm.plan.comm import Planner, RankClass
+from megalm.plan.comm import AlikeRanks, Planner
 from megalm.plan.recording import Grid
 from megalm.train.prepare import Prepared
 
@@ -17,7 +17,7 @@ PreparedRun = Callable[..., Prepared]
 CPU = torch.device("cpu")
 
 
-def plan_of(prepared: Prepared, grid: Grid) -> list[RankClass]:
+def plan_of(prepared: Prepared, grid: Grid) -> list[AlikeRanks]:
     planner = Planner(prepared.spec, prepared.pipeline, grid, prepared.resolved.config.train.precision)
     return planner.step(prepared.objective, lambda dp: (rows.tensors(CPU) for rows in step_rows(prepared, dp, grid.dp)))
 

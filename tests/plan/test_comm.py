@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops import linear_cross_entropy
-from megalm.plan.comm import Planner, RankClass, largest
+from megalm.plan.comm import AlikeRanks, Planner, largest
 from megalm.plan.entries import total
 from megalm.plan.recording import Grid
 from megalm.plugin.contract.objective import LossContext, Term
@@ -88,7 +88,7 @@ def test_drawn_layouts(prepared_run: PreparedRun, campaign_seed: int, full: bool
         drawn(seed).check(prepared_run)
 
 
-def items(each: RankClass) -> dict[tuple[str, str, str], tuple[int, int]]:
+def items(each: AlikeRanks) -> dict[tuple[str, str, str], tuple[int, int]]:
     return {(e.item, e.axis, e.operation): (e.volume.calls, e.volume.payload) for e in each.entries}
 
 
