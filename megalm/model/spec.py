@@ -37,7 +37,7 @@ class ModelSpec:
     recompute: bool = False
     """Layers keep their input alone, and are computed again in backward."""
     modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
-    kernels: Kernels = PLAIN
+    kernels: Kernels = field(default=PLAIN, compare=False)
     """What it computes with."""
 
     def parameter_count(self) -> int:
