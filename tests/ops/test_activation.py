@@ -52,4 +52,4 @@ def test_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
         (bias_activation(x, bias, "gelu"), bias_activation(x.double(), bias.double(), "gelu")),
     ):
         # float32 on the way may turn a value over the middle between two neighbours, seldom.
-        assert (found != exact.to(dtype)).double().mean() < 0.01
+        assert (found != exact.to(dtype)).double().mean() < 0.02

@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from megalm.errors import ObjectiveError
 from megalm.nn.microbatch import Microbatch
+from megalm.ops.dropout import DropoutAddress, dropout_add
+from megalm.ops.kernels import Kernels
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.sim import run_simulated
 from megalm.parallel.sim.errors import DeadlockError, MismatchError
@@ -112,6 +114,18 @@ def test_what_is_repaired_is_right_in_every_respect(subject: Callable[[str], Obj
         assert not [result for result in results if result.status == "failed"], name
 
 
+def replace_dropout(monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., torch.Tensor]) -> None:
+    """Have every model compute the dropout of its branches by ``wrong``."""
+    correct = Microbatch.dropout_add
+
+    def dropout_add(
+        self: Microbatch, x: torch.Tensor, residual: torch.Tensor, p: float, site: str, kernels: Kernels
+    ) -> torch.Tensor:
+        return correct(self, x, residual, p, site, replace(kernels, dropout_add=wrong))
+
+    monkeypatch.setattr(Microbatch, "dropout_add", dropout_add)
+
+
 class TestEngines:
     """Mistakes of an engine, each seen in a layout that has it and not in one that has not."""
 
@@ -148,23 +162,20 @@ class TestEngines:
     def test_dropout_from_a_stream(self, joint: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each rank starts with the same generator and draws for the rows it has."""
 
-        def stream(self: Microbatch, x_TF: torch.Tensor, p: float, site: str) -> torch.Tensor:
-            return torch.nn.functional.dropout(x_TF, p)
+        def stream(x_TF: torch.Tensor, residual_TF: torch.Tensor, p: float, *_: object) -> torch.Tensor:
+            return residual_TF + torch.nn.functional.dropout(x_TF, p)
 
-        monkeypatch.setattr(Microbatch, "dropout", stream)
+        replace_dropout(monkeypatch, stream)
         self.caught(joint, RankLayout(tp=2, sp=True), "loss: differs")
 
     def test_dropout_by_rank(self, joint: ObjectiveSubject, monkeypatch: pytest.MonkeyPatch) -> None:
-        correct = Microbatch.dropout
-
-        def by_rank(self: Microbatch, x_TF: torch.Tensor, p: float, site: str) -> torch.Tensor:
-            address = self.shard_address
-            if address is None:
-                return x_TF
+        def by_rank(
+            x_TF: torch.Tensor, residual_TF: torch.Tensor, p: float, address: DropoutAddress, site: str
+        ) -> torch.Tensor:
             spans = tuple(replace(s, start=0, stop=s.stop - s.start) for s in address.spans)
-            return correct(replace(self, shard_address=replace(address, spans=spans)), x_TF, p, site)
+            return dropout_add(x_TF, residual_TF, p, replace(address, spans=spans), site)
 
-        monkeypatch.setattr(Microbatch, "dropout", by_rank)
+        replace_dropout(monkeypatch, by_rank)
         self.caught(joint, RankLayout(tp=2, sp=True, micro_batch=1), "loss: differs")
         assert_layout_parity(joint, [RankLayout(tp=2)])
 
