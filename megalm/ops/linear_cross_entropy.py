@@ -79,8 +79,10 @@ class _Gradients:
 
 
 def _one_number(x: Tensor) -> bool:
-    """Whether that is all there is to ``x`` (n,), to be told without reading it."""
-    return x.numel() == 1 or (x.numel() > 1 and x.stride() == (0,))
+    """Whether that is all there is to ``x`` (n,). A device's values are not read, which would make the host wait."""
+    if x.numel() <= 1 or x.stride() == (0,):
+        return x.numel() > 0
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((x == x[0]).all())
 
 
 def _times_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
