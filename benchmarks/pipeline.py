@@ -35,8 +35,8 @@ from megalm.testing.processes import run_processes
 
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h1": 1, "zb-v": 2}
 """Name and stages of a rank."""
-COSTS = Costs(forward=0.02, backward=0.02, weight=0.02)
-"""Seconds."""
+COSTS = Costs(forward=0.05, backward=0.05, weight=0.05)
+"""Seconds: what a stage of a large model takes, and far above what it costs to wake a process on a busy machine."""
 HIDDEN = (64, 64)
 
 
