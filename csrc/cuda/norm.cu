@@ -312,7 +312,7 @@ void backward(const MegalmNormBackward& a, void* stream) {
     MEGALM_LAUNCH(backward_walked<T>, dim3(a.rows), dim3(kThreads), 0, stream, a);
     MEGALM_LAUNCH((weight_walked<T, BIAS>), dim3(ceil_div(a.cols, kThreads), a.partials), dim3(kThreads), 0, stream, a);
   } else {
-    const bool several = static_cast<size_t>(width) * sizeof(float) <= kSharedBytes;
+    const bool several = (static_cast<size_t>(width) + kMaxWarps) * sizeof(float) <= kSharedBytes;  // both arrays
     const int lines = several ? kThreads / threads : 1;
     b.partials = std::min(a.partials, blocks_that_walk(a.rows, lines));
     const size_t bytes = lines > 1 ? static_cast<size_t>(width) * sizeof(float) : 0;

@@ -2,8 +2,8 @@
 //
 // Fibers go on in a new random order after each barrier (MEGALM_EMU_SEED), so that a missing one shows as a wrong result.
 // Shared memory is allocated array by array and filled with rubbish: what is read before it is written is a NaN, and
-// AddressSanitizer sees each array's ends. A barrier that not all threads reach, or not the same one, and a shuffle from
-// a lane that takes no part end the program with a message.
+// AddressSanitizer sees each array's ends. A barrier that not all threads reach, or not the same one, a shuffle from a
+// lane that takes no part, and more shared memory than a block may have end the program with a message.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -46,6 +46,7 @@ namespace emu {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
+constexpr size_t kSharedLimit = 48 << 10;  // of arrays and dynamic memory together
 // Few, so that kernels which walk over rows with as many blocks as there are multiprocessors do walk.
 constexpr int kMultiprocessors = 3;
 
@@ -85,7 +86,7 @@ struct Block {
   std::vector<Offer> offers[2];
   std::map<std::pair<const char*, int>, std::unique_ptr<unsigned char[]>> arrays;
   std::unique_ptr<unsigned char[]> dynamic;
-  size_t dynamic_bytes = 0;
+  size_t dynamic_bytes = 0, array_bytes = 0;
   Place outside;
   Fiber* current = nullptr;
   dim3 index, size, grid;
@@ -124,7 +125,11 @@ inline std::unique_ptr<unsigned char[]> rubbish(size_t bytes) {
 template <class T>
 T* shared(size_t count, const char* file, int line) {
   auto& array = block().arrays[{file, line}];
-  if (!array) array = rubbish(count * sizeof(T));
+  if (!array) {
+    array = rubbish(count * sizeof(T));
+    block().array_bytes += count * sizeof(T);
+    if (block().array_bytes + block().dynamic_bytes > kSharedLimit) stop("more shared memory than a block may have");
+  }
   return reinterpret_cast<T*>(array.get());
 }
 
@@ -224,6 +229,7 @@ inline void run_block() {
   b.warp_alive.assign(warps, 0);
   for (auto& offers : b.offers) offers.assign(warps * kWarp, {});
   b.arrays.clear();
+  b.array_bytes = 0;
   b.dynamic = rubbish(b.dynamic_bytes);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = b.fibers[i];
@@ -244,7 +250,7 @@ template <class K, class... A>
 void launch(K kernel, dim3 grid, dim3 size, size_t shared_bytes, A... args) {
   Block& b = block();
   if (size_t(size.x) * size.y * size.z > 1024 || size.x == 0 || grid.x == 0 || grid.y == 0 || grid.y > 65535 ||
-      shared_bytes > (48u << 10)) {
+      shared_bytes > kSharedLimit) {
     last_error() = cudaErrorInvalidConfiguration;
     return;
   }

@@ -69,6 +69,11 @@ def test_equals_float64(backend: Backend, layer: bool, shape: tuple[int, ...], d
     _compare(backend, shape, dtype, layer=layer, added=True, offset=1.0)
 
 
+def test_sums_beside_what_else_is_shared(backend: Backend) -> None:
+    """The widest rows of which a block has several: their sums alone are all the shared memory that there is."""
+    _compare(backend, (3, 6144), torch.bfloat16, layer=True, bias=True)
+
+
 def test_row_of_more_than_a_block_holds(backend: Backend) -> None:
     _compare(backend, (2, 20000), torch.bfloat16, layer=True, added=True, bias=True)
 

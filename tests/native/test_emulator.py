@@ -100,6 +100,12 @@ PLANTED: dict[str, tuple[str, str, str, str]] = {
         "  if (warp == 0) {\n    __syncthreads();\n  } else {\n    __syncthreads();\n  }\n  v = lane < warps",
         "threads wait at different barriers in block",
     ),
+    "more shared memory than there is": (
+        NORM,
+        "MEGALM_SHARED(float, shared, kMaxWarps);\n  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y",
+        "MEGALM_SHARED(float, shared, 12289);\n  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y",
+        "more shared memory than a block may have in block",
+    ),
     "a shuffle without all lanes": (
         REDUCE,
         "  v = lane < warps ? row[lane] : Op::identity();\n  return warp_reduce(v, op);",
