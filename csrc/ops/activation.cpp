@@ -40,6 +40,7 @@ Tensor gated_backward(const Tensor& dy0, const Tensor& x0, int64_t kind) {
   STD_TORCH_CHECK(dy0.dim() == x0.dim() && dy0.numel() * 2 == x0.numel() && dy0.size(-1) == cols &&
                       dy0.scalar_type() == x0.scalar_type(),
                   op, ": dy must have the dtype of x and the shape of its half");
+  check_together(op, x0, dy0);
   OnDevice device(x0);
   const Tensor x = packed(x0), dy = packed(dy0);
   Tensor dx = torch::stable::empty_like(x);
@@ -55,6 +56,7 @@ void check_biased(const char* op, const Tensor& x, const std::optional<Tensor>& 
   if (!bias.has_value()) return;
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(-1), op, ": the bias must have the size of x's last dimension");
   STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op, ": x and bias must have one dtype");
+  check_together(op, x, bias);
 }
 
 Tensor biased(const Tensor& x0, std::optional<Tensor> bias0, int64_t kind) {
@@ -78,6 +80,7 @@ std::tuple<Tensor, Tensor> biased_backward(const Tensor& dy0, const Tensor& x0, 
   const char* op = "bias_activation_backward";
   check_biased(op, x0, bias0);
   STD_TORCH_CHECK(same_shape(dy0, x0) && dy0.scalar_type() == x0.scalar_type(), op, ": dy must have the shape and dtype of x");
+  check_together(op, x0, dy0);
   OnDevice device(x0);
   const Tensor x = packed(x0), dy = packed(dy0);
   const std::optional<Tensor> bias = packed(bias0);

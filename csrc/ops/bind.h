@@ -71,6 +71,22 @@ inline void succeeded(int status, const char* op) {
   STD_TORCH_CHECK(status == 0, op, ": the kernel could not be launched (error ", status, ")");
 }
 
+// A kernel that follows a pointer of another device takes the whole program with it.
+inline void check_beside(const char* op, const Tensor& one, const Tensor& other) {
+  STD_TORCH_CHECK(one.is_cuda() == other.is_cuda() && one.is_cpu() == other.is_cpu() &&
+                      one.get_device_index() == other.get_device_index(),
+                  op, ": all tensors must be on one device");
+}
+
+inline void check_beside(const char* op, const Tensor& one, const std::optional<Tensor>& other) {
+  if (other.has_value()) check_beside(op, one, *other);
+}
+
+template <class... Others>
+void check_together(const char* op, const Tensor& one, const Others&... others) {
+  (check_beside(op, one, others), ...);
+}
+
 inline Tensor packed(const Tensor& t) { return torch::stable::contiguous(t); }
 
 inline std::optional<Tensor> packed(const std::optional<Tensor>& t) {

@@ -10,11 +10,13 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& labels) {
   STD_TORCH_CHECK(logits.dim() == 2, op, ": logits must be (tokens, rows of the vocabulary)");
   STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == logits.size(0), op, ": expected one label for each token");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, op, ": labels must be int64");
+  check_together(op, logits, labels);
 }
 
 void check_numbers(const char* op, const Tensor& numbers, const Tensor& logits) {
   STD_TORCH_CHECK(numbers.dim() == 1 && numbers.size(0) == logits.size(0) && numbers.scalar_type() == ScalarType::Float, op,
                   ": maximum, factor and scale must be float32, one for each token");
+  check_together(op, logits, numbers);
 }
 
 bool rows_are_packed(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }

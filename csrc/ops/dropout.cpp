@@ -14,8 +14,7 @@ MegalmDropoutMask mask_of(const char* op, const Tensor& x, const Tensor& spans, 
   STD_TORCH_CHECK(spans.dim() == 2 && spans.size(1) == kSpanWords && spans.scalar_type() == ScalarType::Long, op,
                   ": spans must be int64 (spans, 5)");
   STD_TORCH_CHECK(spans.size(0) > 0 || x.size(0) == 0, op, ": there are tokens and no spans");
-  STD_TORCH_CHECK(spans.get_device_index() == x.get_device_index() && spans.is_cuda() == x.is_cuda(), op,
-                  ": spans and x must be on one device");
+  check_together(op, x, spans);
   STD_TORCH_CHECK(threshold >= 0 && threshold < 65536, op, ": the threshold must be in [0, 65535]");
   MegalmDropoutMask m{};
   m.spans = in_as<int64_t>(spans), m.count = spans.size(0);
@@ -39,6 +38,7 @@ Tensor dropout_add(const Tensor& x0, std::optional<Tensor> residual0, std::optio
   if (bias.has_value())
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(1) && bias->scalar_type() == x.scalar_type(), op,
                     ": the bias must have the size of x's last dimension, and its dtype");
+  check_together(op, x, residual, bias);
   Tensor y = torch::stable::empty_like(x);
   a.x = in(x), a.residual = in(residual), a.bias = in(bias), a.y = out(y);
   a.rows = x.size(0), a.cols = x.size(1), a.dtype = dtype_of(x, op);

@@ -10,11 +10,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-void check_together(const char* op, const Tensor& one, const Tensor& other) {
-  STD_TORCH_CHECK(one.is_cuda() == other.is_cuda() && one.get_device_index() == other.get_device_index(), op,
-                  ": all tensors must be on one device");
-}
-
 // What is written must be where it is, and so cannot be packed.
 void check_written(const char* op, const Tensors& list, const char* what) {
   for (const Tensor& t : list) STD_TORCH_CHECK(t.is_contiguous(), op, ": ", what, " must be contiguous");

@@ -15,6 +15,11 @@ void check(const char* op, const Tensor& x, const Tensor& weight, const std::opt
                     ": the residual must have the shape and dtype of x");
 }
 
+void check_statistics(const char* op, const Tensor& t, int64_t rows) {
+  STD_TORCH_CHECK(t.numel() == rows && t.scalar_type() == ScalarType::Float, op,
+                  ": mean and rstd must be float32, one for each row");
+}
+
 struct Normed {
   Tensor y, sum, mean, rstd;
 };
@@ -23,6 +28,10 @@ struct Normed {
 Normed normalise(const char* op, const Tensor& x0, const Tensor& weight0, const std::optional<Tensor>& bias0,
                  const std::optional<Tensor>& residual0, double eps, double offset, bool layer) {
   check(op, x0, weight0, residual0);
+  if (bias0.has_value())
+    STD_TORCH_CHECK(same_shape(*bias0, weight0) && bias0->scalar_type() == x0.scalar_type(), op,
+                    ": the bias must have the shape and dtype of the weight");
+  check_together(op, x0, weight0, bias0, residual0);
   OnDevice device(x0);
   const Tensor x = packed(x0), weight = packed(weight0);
   const std::optional<Tensor> bias = packed(bias0), residual = packed(residual0);
@@ -46,13 +55,17 @@ struct Gradients {
 };
 
 Gradients differentiate(const char* op, const Tensor& dy0, const std::optional<Tensor>& dsum0, const Tensor& x0,
-                        const Tensor& weight0, const std::optional<Tensor>& mean, const Tensor& rstd, double offset,
+                        const Tensor& weight0, const std::optional<Tensor>& mean0, const Tensor& rstd0, double offset,
                         bool with_bias) {
   check(op, x0, weight0, dsum0);
+  STD_TORCH_CHECK(same_shape(dy0, x0) && dy0.scalar_type() == x0.scalar_type(), op, ": dy must have the shape and dtype of x");
+  const int64_t rows = rows_of(x0), cols = x0.size(-1);
+  check_statistics(op, rstd0, rows);
+  if (mean0.has_value()) check_statistics(op, *mean0, rows);
+  check_together(op, x0, dy0, dsum0, weight0, mean0, rstd0);
   OnDevice device(x0);
-  const Tensor dy = packed(dy0), x = packed(x0), weight = packed(weight0);
-  const std::optional<Tensor> dsum = packed(dsum0);
-  const int64_t rows = rows_of(x), cols = x.size(-1);
+  const Tensor dy = packed(dy0), x = packed(x0), weight = packed(weight0), rstd = packed(rstd0);
+  const std::optional<Tensor> dsum = packed(dsum0), mean = packed(mean0);
   if (rows == 0) {
     Tensor zeros = torch::stable::new_zeros(weight, {cols});
     return {torch::stable::empty_like(x), zeros, torch::stable::new_zeros(weight, {with_bias ? cols : 0})};

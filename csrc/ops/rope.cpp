@@ -23,6 +23,7 @@ Tensor rope(const Tensor& x0, const Tensor& cos0, const Tensor& sin0, std::optio
   } else {
     STD_TORCH_CHECK(cos0.size(0) == x0.size(1), op, ": cos and sin need a row for each position of x");
   }
+  check_together(op, x0, cos0, sin0, positions0);
   OnDevice device(x0);
   const Tensor x = x0.size(3) > 1 && x0.stride(3) != 1 ? packed(x0) : x0, cos = packed(cos0), sin = packed(sin0);
   const std::optional<Tensor> positions = packed(positions0);

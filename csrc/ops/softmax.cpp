@@ -13,6 +13,7 @@ Tensor masked_softmax(const Tensor& x0, std::optional<Tensor> mask0, double scal
     STD_TORCH_CHECK(mask0->dim() == 2 && mask0->size(0) == x0.size(0) && mask0->size(1) == x0.size(3) &&
                         mask0->scalar_type() == ScalarType::Bool,
                     op, ": the mask must be bool, (batch, keys)");
+  check_together(op, x0, mask0);
   OnDevice device(x0);
   const Tensor x = packed(x0);
   const std::optional<Tensor> mask = packed(mask0);
@@ -29,6 +30,7 @@ Tensor masked_softmax_backward(const Tensor& dy0, const Tensor& y0, double scale
   const char* op = "masked_softmax_backward";
   STD_TORCH_CHECK(same_shape(dy0, y0) && dy0.scalar_type() == y0.scalar_type() && y0.dim() >= 1, op,
                   ": the probabilities must have the shape and dtype of their gradient");
+  check_together(op, y0, dy0);
   OnDevice device(y0);
   const Tensor dy = packed(dy0), y = packed(y0);
   Tensor dx = torch::stable::empty_like(y);

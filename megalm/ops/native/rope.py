@@ -28,7 +28,7 @@ def register(namespace: str) -> None:
         dx = ops.rope(dy, cos, sin, positions, ctx.interleaved, not ctx.inverse)
         return dx, None, None, None, None, None
 
-    gradient("rope", backward, keep)
+    gradient("rope", backward, keep, twice=True)
 
 
 class Rope:
