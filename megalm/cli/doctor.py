@@ -78,10 +78,17 @@ def _gpus() -> list[str]:
 
 
 def _serves(gpu: str, architectures: list[str]) -> bool:
-    """Machine code runs on its own major architecture, from its minor one on; what is newer than all compiles PTX."""
+    """Machine code runs on its own major architecture, from its minor one on; what is newer than the last compiles its
+    PTX. Names with a letter (sm_90a) are for that architecture alone.
+    """
     have = int(gpu.rpartition("sm_")[2].rstrip(")"))
-    built = [int(name.removeprefix("sm_")) for name in architectures]
-    return have >= max(built) or any(one // 10 == have // 10 and one <= have for one in built)
+    names = [name.removeprefix("sm_") for name in architectures]
+    built = [int(name) for name in names if name.isdigit()]
+    return (
+        any(one // 10 == have // 10 and one <= have for one in built)
+        or any(int(name.rstrip("af")) == have for name in names)
+        or (names[-1].isdigit() and have >= built[-1])
+    )
 
 
 def _tools() -> dict[str, Any]:

@@ -82,3 +82,5 @@ def test_gpus_that_the_library_is_not_for() -> None:
     assert all(doctor._serves(f"A GPU (sm_{name})", built) for name in names)
     assert not doctor._serves("A GPU (sm_75)", built)
     assert not doctor._serves("A GPU (sm_86)", ["sm_90"])
+    assert doctor._serves("A GPU (sm_90)", ["sm_80", "sm_90a"])
+    assert not doctor._serves("A GPU (sm_100)", ["sm_80", "sm_90a"])
