@@ -1,8 +1,8 @@
 // CUDA C++ on a processor: a fiber for each thread of a block, one block after the other.
 //
-// Fibers go on in a new random order after each barrier (MEGALM_EMU_SEED), so that a missing one shows as a wrong result.
-// Shared memory is allocated array by array and filled with rubbish: what is read before it is written is a NaN, and
-// AddressSanitizer sees each array's ends. A barrier that not all threads reach, or not the same one, a shuffle from a
+// Blocks run in random order (MEGALM_EMU_SEED), and fibers go on in a new one after each barrier, so that a missing one
+// shows as a wrong result. Shared memory is allocated array by array and filled with rubbish: what is read before it is
+// written is a NaN, and AddressSanitizer sees each array's ends. A barrier that not all threads reach, or not the same one, a shuffle from a
 // lane that takes no part, and more shared memory than a block may have end the program with a message.
 #pragma once
 #include <algorithm>
@@ -259,12 +259,13 @@ void launch(K kernel, dim3 grid, dim3 size, size_t shared_bytes, A... args) {
   b.grid = grid;
   b.dynamic_bytes = shared_bytes;
   b.body = [=] { kernel(args...); };
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        b.index = dim3(x, y, z);
-        run_block();
-      }
+  // Blocks in random order too: none may count on what another has written.
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  for (uint64_t i = 0; i < order.size(); ++i) std::swap(order[i] = i, order[draw() % (i + 1)]);
+  for (const uint64_t i : order) {
+    b.index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    run_block();
+  }
 }
 
 // Every lane of the warp gives a value and takes the one of a lane of its own choice.

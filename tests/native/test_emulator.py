@@ -128,6 +128,22 @@ def test_a_planted_mistake_is_found(name: str, tmp_path: Path, tools: Toolchain,
     assert re.search(said, output, re.DOTALL), output
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_block_that_counts_on_others_is_found(tmp_path: Path, tools: Toolchain, binding: Path) -> None:
+    """The last block adds up what all have written, which no barrier makes it wait for."""
+    end = "          }\n        }\n      }\n    }\n    __syncthreads();\n  }\n"
+    last = """  if (blockIdx.x + 1 == gridDim.x)
+    for (int64_t j = threadIdx.y * blockDim.x + threadIdx.x; j < a.cols; j += blockDim.x * blockDim.y) {
+      float sum = 0.f;
+      for (int64_t p = 0; p < gridDim.x; ++p) sum += a.partial[p * (BIAS ? 2 : 1) * a.cols + j];
+      static_cast<T*>(a.dweight)[j] = from_float<T>(sum);
+    }
+"""
+    stored = "    if (j < a.cols) static_cast<T*>(a.dweight)[j] = from_float<T>(sum);\n    else"
+    csrc = patched(tmp_path, NORM, end, end + last, (stored, "    if (j >= a.cols)"))
+    assert any("differs" in run(tmp_path, csrc, tools, binding, seed=seed)[1] for seed in range(1, 5))
+
+
 OVERRUNS: dict[str, tuple[str, str, str, str]] = {
     "of a tensor": (
         NORM,
