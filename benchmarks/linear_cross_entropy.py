@@ -12,19 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch.nn.functional as F
+from record import write_record
 
 from megalm.ops.cross_entropy import REFERENCE, CrossEntropyKernels
 from megalm.ops.linear_cross_entropy import linear_cross_entropy
@@ -106,7 +104,8 @@ def main() -> None:
             found[name].append(json.loads(child.stdout))
     report(found)
     if options.write:
-        write(vars(options), found)
+        sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocab", "dtype")}
+        write_record("linear_cross_entropy", {**sizes, "runs": found})
 
 
 def report(found: dict[str, list[dict[str, float]]]) -> None:
@@ -123,25 +122,6 @@ def report(found: dict[str, list[dict[str, float]]]) -> None:
             f"{name:10} {seconds:7.2f} {ratios['cpu_seconds']:10.3f} {peak / 2**20:9.0f} {ratios['peak_bytes']:10.3f} "
             f"{runs[0]['loss']:9.5f}"
         )
-
-
-def write(options: dict[str, Any], found: dict[str, list[dict[str, float]]]) -> None:
-    """A dated record."""
-    head = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-    today = datetime.now(UTC).date().isoformat()
-    result = {
-        "date": today,
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "cpus": os.cpu_count(),
-        **{name: options[name] for name in ("tokens", "hidden", "vocab", "dtype")},
-        "runs": found,
-    }
-    path = Path(__file__).parent / "results" / f"linear_cross_entropy-{today}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

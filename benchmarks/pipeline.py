@@ -10,18 +10,15 @@ median of each one's ratio is reported.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from record import write_record
 
 from megalm.parallel.mesh import ParallelContext
 from megalm.pipeline.choose import choose
@@ -123,22 +120,8 @@ def main() -> None:
         every = " ".join(f"{value:.3f}" for value in values)
         print(f"{name:12} {planned:10.3f} {statistics.median(values):28.3f}  {every}")
     if options.write:
-        head = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-        today = datetime.now(UTC).date().isoformat()
-        result = {
-            "date": today,
-            "commit": commit,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "stages": options.stages,
-            "microbatches": options.microbatches,
-            "seconds_of_an_action": COSTS.forward,
-            "ratios": ratios,
-        }
-        path = Path(__file__).parent / "results" / f"pipeline-{today}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        sizes = {"stages": options.stages, "microbatches": options.microbatches, "seconds_of_an_action": COSTS.forward}
+        write_record("pipeline", {**sizes, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -13,16 +13,11 @@ updated weights. Models are float32 without dropout, of equal sizes:
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
+from record import write_record
 from torch import nn
 
 from megalm.data.store import TokenStore
@@ -279,7 +275,6 @@ def main() -> None:
                 options.rounds,
             ),
         }
-    import transformers
 
     for model, contenders in results.items():
         for name, figures in contenders.items():
@@ -288,32 +283,7 @@ def main() -> None:
                 f"megalm / this {figures['megalm_over_this']:.3f}"
             )
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        now = datetime.now(UTC)
-        record = {
-            "benchmark": "train_cpu",
-            "date": now.date().isoformat(),
-            "commit": commit.stdout.strip(),
-            "device": _processor(),
-            "threads": 1,
-            "rounds": options.rounds,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "results": results,
-        }
-        path = Path(__file__).parent / "results" / f"train_cpu-{now.date().isoformat()}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {path.relative_to(Path(__file__).parent.parent)}", file=sys.stderr)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        write_record("train_cpu", {"rounds": options.rounds, "results": results}, peers=("transformers",))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 // accesses are 16 bytes a thread, side by side. Rows whose width is no multiple of 16 are read feature by feature.
 #include "include/dropout.h"
 
+#include "cuda/partials.cuh"
 #include "cuda/portable.cuh"
 #include "include/philox.h"
 
@@ -155,24 +156,6 @@ __global__ void __launch_bounds__(kThreads) backward_with_bias(const MegalmDropo
   }
 }
 
-constexpr int kColumns = 32, kLines = 16;
-
-// Sums `partial` over its rows: blocks of kColumns x kLines threads, a column for each x.
-template <class T>
-__global__ void __launch_bounds__(kColumns * kLines) bias_sum(const MegalmDropoutBackward a) {
-  MEGALM_SHARED(float, lines, kLines * kColumns);
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
-  float sum = 0.f;
-  if (j < a.cols)
-    for (int64_t p = threadIdx.y; p < a.partials; p += kLines) sum += a.partial[p * a.cols + j];
-  lines[threadIdx.y * kColumns + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || j >= a.cols) return;
-#pragma unroll
-  for (int line = 1; line < kLines; ++line) sum += lines[line * kColumns + threadIdx.x];
-  static_cast<T*>(a.dbias)[j] = from_float<T>(sum);
-}
-
 template <class T>
 void forward(const MegalmDropoutForward& a, void* stream) {
   const dim3 grid(ceil_div(a.rows * ceil_div(a.cols, kDraws), kThreads)), threads(kThreads);
@@ -198,7 +181,7 @@ void backward(const MegalmDropoutBackward& a, void* stream) {
   const dim3 grid(ceil_div(a.cols, kStretch), a.partials), threads(kThreads);
   if (wide<T>(a.cols, a.dy, a.dx)) MEGALM_LAUNCH((backward_with_bias<T, true>), grid, threads, 0, stream, a);
   else MEGALM_LAUNCH((backward_with_bias<T, false>), grid, threads, 0, stream, a);
-  MEGALM_LAUNCH(bias_sum<T>, dim3(ceil_div(a.cols, kColumns)), dim3(kColumns, kLines), 0, stream, a);
+  launch_sum_rows<T>(a.partial, a.partials, a.cols, a.dbias, stream);
 }
 
 }  // namespace

@@ -2,13 +2,12 @@
 // over instead. The gradient of the weight is summed by few blocks that walk over the rows, then over those blocks.
 #include "include/norm.h"
 
+#include "cuda/held.cuh"
+#include "cuda/partials.cuh"
 #include "cuda/portable.cuh"
 
 namespace megalm::cuda {
 namespace {
-
-constexpr int kThreads = 512;  // of a block: blockDim.y rows of blockDim.x threads
-constexpr int kHeld = 4;       // vectors of a row that a thread holds at most
 
 struct Statistics {
   float mean, rstd;
@@ -252,52 +251,17 @@ __global__ void __launch_bounds__(kThreads) weight_walked(const MegalmNormBackwa
   if (BIAS) partial[a.cols + j] = dbias;
 }
 
-constexpr int kColumns = 32, kLines = 16;
-
-// Sums `partial` over its rows: blocks of kColumns x kLines threads, a column for each x.
-template <class T>
-__global__ void __launch_bounds__(kColumns * kLines) weight_sum(const MegalmNormBackward a, int width) {
-  MEGALM_SHARED(float, lines, kLines * kColumns);
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
-  float sum = 0.f;
-  if (j < width)
-    for (int64_t p = threadIdx.y; p < a.partials; p += kLines) sum += a.partial[p * width + j];
-  lines[threadIdx.y * kColumns + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && j < width) {
-#pragma unroll
-    for (int line = 1; line < kLines; ++line) sum += lines[line * kColumns + threadIdx.x];
-    if (j < a.cols) static_cast<T*>(a.dweight)[j] = from_float<T>(sum);
-    else static_cast<T*>(a.dbias)[j - a.cols] = from_float<T>(sum);
-  }
-}
-
-// Threads for a row of so many vectors: enough that none holds more than kHeld; 0 where a block is too small for that.
-int threads_for(int64_t vectors) {
-  for (int threads = 32; threads <= kThreads; threads *= 2)
-    if (vectors <= static_cast<int64_t>(threads) * kHeld) return threads;
-  return 0;
-}
-
-template <class F>
-void with_held(int64_t vectors, int threads, const F& f) {
-  const int64_t held = ceil_div(vectors, threads);
-  if (held <= 1) f(std::integral_constant<int, 1>{});
-  else if (held <= 2) f(std::integral_constant<int, 2>{});
-  else f(std::integral_constant<int, kHeld>{});
-}
-
 int64_t blocks_that_walk(int64_t rows, int lines) { return std::min<int64_t>(ceil_div(rows, lines), 2 * multiprocessors()); }
 
 template <class T>
 void forward(const MegalmNormForward& a, void* stream) {
   const int64_t vectors = a.cols / kWide<T>;
-  const int threads = threads_for(vectors);
+  const int threads = threads_for_row(vectors);
   if (threads == 0 || !wide<T>(a.cols, a.x, a.residual, a.weight, a.bias, a.y, a.sum)) {
     MEGALM_LAUNCH(forward_walked<T>, dim3(a.rows), dim3(kThreads), 0, stream, a);
     return;
   }
-  const int lines = 128 / std::min(threads, 128);
+  const int lines = rows_of_block(threads);
   with_held(vectors, threads, [&](auto held) {
     MEGALM_LAUNCH((forward_held<T, decltype(held)::value>), dim3(ceil_div(a.rows, lines)), dim3(threads, lines), 0, stream, a);
   });
@@ -306,7 +270,7 @@ void forward(const MegalmNormForward& a, void* stream) {
 template <class T, bool BIAS>
 void backward(const MegalmNormBackward& a, void* stream) {
   const int64_t vectors = a.cols / kWide<T>, width = (BIAS ? 2 : 1) * a.cols;
-  const int threads = threads_for(vectors);
+  const int threads = threads_for_row(vectors);
   MegalmNormBackward b = a;
   if (threads == 0 || !wide<T>(a.cols, a.x, a.dy, a.weight, a.dx, a.dsum)) {
     MEGALM_LAUNCH(backward_walked<T>, dim3(a.rows), dim3(kThreads), 0, stream, a);
@@ -320,7 +284,7 @@ void backward(const MegalmNormBackward& a, void* stream) {
       MEGALM_LAUNCH((backward_held<T, decltype(held)::value, BIAS>), dim3(b.partials), dim3(threads, lines), bytes, stream, b);
     });
   }
-  MEGALM_LAUNCH(weight_sum<T>, dim3(ceil_div(width, kColumns)), dim3(kColumns, kLines), 0, stream, b, static_cast<int>(width));
+  launch_sum_rows<T>(a.partial, b.partials, a.cols, a.dweight, stream, a.dbias);
 }
 
 }  // namespace

@@ -2,13 +2,11 @@
 // over instead. Rows whose addresses or width do not allow 16-byte access are held element by element.
 #include "include/softmax.h"
 
+#include "cuda/held.cuh"
 #include "cuda/portable.cuh"
 
 namespace megalm::cuda {
 namespace {
-
-constexpr int kThreads = 512;  // of a block: blockDim.y rows of blockDim.x threads
-constexpr int kHeld = 4;       // vectors of a row that a thread holds at most
 
 // What a row may attend to.
 struct Seen {
@@ -150,27 +148,15 @@ __global__ void __launch_bounds__(kThreads) backward_walked(const MegalmSoftmaxB
     dx[j] = from_float<T>(a.scale * to_float(y[j]) * (to_float(dy[j]) - along));
 }
 
-// Threads for a row of so many vectors: enough that none holds more than kHeld; 0 where a block is too small for that.
-int threads_for_row(int64_t vectors) {
-  for (int threads = 32; threads <= kThreads; threads *= 2)
-    if (vectors <= static_cast<int64_t>(threads) * kHeld) return threads;
-  return 0;
-}
-
 // Calls f(W, HELD, grid, block) for rows that can be held; returns whether they can.
 template <class T, class F>
 bool held(int64_t rows, int64_t keys, bool is_wide, const F& f) {
   const int64_t vectors = is_wide ? keys / kWide<T> : keys;
   const int threads = threads_for_row(vectors);
   if (threads == 0) return false;
-  const int lines = 128 / std::min(threads, 128);
+  const int lines = rows_of_block(threads);
   const dim3 grid(ceil_div(rows, lines)), block(threads, lines);
-  const auto each = [&](auto width) {
-    const int64_t most = ceil_div(vectors, threads);
-    if (most <= 1) f(width, std::integral_constant<int, 1>{}, grid, block);
-    else if (most <= 2) f(width, std::integral_constant<int, 2>{}, grid, block);
-    else f(width, std::integral_constant<int, kHeld>{}, grid, block);
-  };
+  const auto each = [&](auto width) { with_held(vectors, threads, [&](auto held) { f(width, held, grid, block); }); };
   if (is_wide) each(std::integral_constant<int, kWide<T>>{});
   else each(std::integral_constant<int, 1>{});
   return true;
