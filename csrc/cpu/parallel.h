@@ -14,6 +14,4 @@ void parallel(int64_t n, int64_t size, const F& f, int64_t work = 16384) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-inline int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
-
 }  // namespace megalm::cpu

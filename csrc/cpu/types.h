@@ -66,7 +66,7 @@ inline void store(f16* p, float v) {
   p->bits = static_cast<uint16_t>(h | sign);
 }
 
-// Calls f with a value of the element type that a dtype names.
+// Calls f with a value of the element type that a dtype names; 1 where it names none.
 template <class F>
 int with_dtype(int32_t dtype, const F& f) {
   switch (dtype) {
@@ -78,3 +78,12 @@ int with_dtype(int32_t dtype, const F& f) {
 }
 
 }  // namespace megalm::cpu
+
+// Each file has them, and a library keeps one.
+extern "C" inline __attribute__((used)) const char* megalm_cpu_error_name(int status) {
+  return status == 0 ? "success" : "invalid argument";
+}
+
+extern "C" inline __attribute__((used)) const char* megalm_cpu_error_text(int status) {
+  return status == 0 ? "no error" : "there is no kernel for this dtype or kind";
+}

@@ -122,3 +122,12 @@ int with_dtype(int32_t dtype, const F& f) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace megalm::cuda
+
+// What with_dtype returns, in CUDA's words. Each file of kernels has them, and a library keeps one.
+extern "C" inline __attribute__((used)) const char* megalm_cuda_error_name(int status) {
+  return cudaGetErrorName(static_cast<cudaError_t>(status));
+}
+
+extern "C" inline __attribute__((used)) const char* megalm_cuda_error_text(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}

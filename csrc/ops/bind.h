@@ -68,7 +68,8 @@ inline int32_t dtype_of(const Tensor& t, const char* op) {
 }
 
 inline void succeeded(int status, const char* op) {
-  STD_TORCH_CHECK(status == 0, op, ": the kernel could not be launched (error ", status, ")");
+  STD_TORCH_CHECK(status == 0, op, ": the kernel could not be launched: ", MEGALM_CALL(error_name)(status), " (",
+                  status, "): ", MEGALM_CALL(error_text)(status));
 }
 
 // A kernel that follows a pointer of another device takes the whole program with it.

@@ -78,3 +78,13 @@ def check_compiled(run: Callable[..., Tensor], inputs: Sequence[Tensor], *, rtol
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
     for one, other in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
+
+
+def on_threads(number: int, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """``run()`` with so many threads of torch's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(before)

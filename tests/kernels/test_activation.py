@@ -11,7 +11,15 @@ from torch import Tensor
 from megalm.ops import activation as reference
 from megalm.ops.native.activation import KINDS, Activations
 
-from .backends import DTYPES, TOLERANCE, Backend, check_against_float64, check_compiled, check_registration
+from .backends import (
+    DTYPES,
+    TOLERANCE,
+    Backend,
+    check_against_float64,
+    check_compiled,
+    check_registration,
+    on_threads,
+)
 
 SHAPES = [(1, 1), (3, 8), (2, 3, 136), (7, 1000), (2, 4096), (9, 33), (300, 64), (1, 20000), (5, 2056)]
 
@@ -128,16 +136,11 @@ def test_same_bits_again(backend: Backend) -> None:
     native = Activations(backend.namespace)
     x, bias = backend.draw(200, 256, dtype=torch.float32, seed=1), backend.draw(256, dtype=torch.float32, seed=2)
 
-    def run(threads: int) -> tuple[Tensor, ...]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            y = native.gated(native.bias_activation(x, bias, "gelu"), "silu")
-            return (y, *torch.autograd.grad(y.square().sum(), [x, bias]))
-        finally:
-            torch.set_num_threads(before)
+    def run() -> tuple[Tensor, ...]:
+        y = native.gated(native.bias_activation(x, bias, "gelu"), "silu")
+        return (y, *torch.autograd.grad(y.square().sum(), [x, bias]))
 
-    assert all(torch.equal(a, b) for a, b in zip(run(1), run(2), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(on_threads(1, run), on_threads(2, run), strict=True))
 
 
 def test_the_gradient_of_a_bias_is_not_rounded_on_the_way(backend: Backend) -> None:

@@ -18,6 +18,7 @@ from .backends import (
     check_against_float64,
     check_compiled,
     check_registration,
+    on_threads,
 )
 
 SHAPES = [(1, 1), (3, 8), (2, 3, 136), (7, 1000), (2, 4096), (9, 33), (300, 64), (2, 8192), (5, 2056)]
@@ -133,14 +134,17 @@ def test_not_finite(backend: Backend, bad: float) -> None:
 
 
 def test_same_bits_again(backend: Backend) -> None:
-    x = backend.draw(70, 256, dtype=torch.float32, seed=1)
+    """On any number of threads."""
+    x = backend.draw(200, 256, dtype=torch.float32, seed=1)
     weight, bias = backend.draw(256, dtype=torch.float32, seed=2), backend.draw(256, dtype=torch.float32, seed=3)
 
     def run() -> tuple[Tensor, ...]:
         y = Norms(backend.namespace).layer_norm(x, weight, bias, 1e-5)
         return (y, *torch.autograd.grad(y.square().sum(), [x, weight, bias]))
 
-    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    first = run()
+    for threads in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(first, on_threads(threads, run), strict=True))
 
 
 def test_refuses_what_does_not_fit(backend: Backend) -> None:

@@ -129,6 +129,16 @@ def test_a_planted_mistake_is_found(name: str, tmp_path: Path, tools: Toolchain,
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_refused_launch_is_named(tmp_path: Path, tools: Toolchain, binding: Path) -> None:
+    launch = "forward_walked<T>, dim3(a.rows), dim3(kThreads)"
+    csrc = patched(tmp_path, NORM, launch, launch.replace("kThreads", "4 * kThreads"))
+    status, output = run(tmp_path, csrc, tools, binding)
+    assert status == 1
+    refused = "rms_norm: the kernel could not be launched: cudaErrorInvalidConfiguration (9): invalid configuration"
+    assert refused in output, output
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_block_that_counts_on_others_is_found(tmp_path: Path, tools: Toolchain, binding: Path) -> None:
     """The last block adds up what all have written, which no barrier makes it wait for."""
     end = "          }\n        }\n      }\n    }\n    __syncthreads();\n  }\n"
