@@ -34,7 +34,8 @@ class LanguageModel(nn.Module):
             self.backbone = Backbone(spec, parallel, list(self.stages.values()))
             self.lm_head = LMHead(spec, parallel) if spec.lm_head and last else None
             self.classifiers = Classifiers(spec, parallel) if spec.heads and last else None
-            self.plugins = PluginModules(spec.cfg, spec.modules, parallel) if spec.modules and last else None
+            owned = spec.modules if last else {}
+            self.plugins = PluginModules(spec.cfg, owned, parallel, spec.kernels) if owned else None
 
     def forward(self, batch: Microbatch, stage: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden vectors after a stage; ``x``: those before it, none for the first."""
@@ -118,7 +119,7 @@ class ModelLossContext:
         return plugins.named(name)
 
     def dropout(self, x: torch.Tensor, p: float, site: str) -> torch.Tensor:
-        return self._batch.row_dropout(x, p, site)
+        return self._batch.row_dropout(x, p, site, self._model.spec.kernels)
 
     def widen(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.float64 else x.float()

@@ -14,6 +14,7 @@ from torch import nn
 from megalm.config.schema import ModelConfig
 from megalm.errors import ObjectiveError
 from megalm.nn.module import ParallelModule
+from megalm.ops.kernels import PLAIN, Kernels
 from megalm.ops.norm import layer_norm, rms_norm
 from megalm.parallel.layout import Init, Layout, Part
 from megalm.parallel.mesh import ParallelContext, single_rank
@@ -21,25 +22,32 @@ from megalm.plugin.contract.modules import ModuleBuilder
 
 
 class _Norm(nn.Module):
-    """A norm of the model's kind over replicated vectors."""
+    """A norm of the model's kind over replicated vectors. The run's kernels are for vectors of the model's dtype; those
+    that a plugin has widened before are computed by the references, which take any.
+    """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float, kernels: Kernels) -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = kernels
         self.weight = weight
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = x.dtype == self.weight.dtype
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            normed: torch.Tensor = (self.kernels.rms_norm if own else rms_norm)(x, self.weight, self.eps)
+            return normed
+        normed = (self.kernels.layer_norm if own else layer_norm)(x, self.weight, self.bias, self.eps)
+        return normed
 
 
 class ModelBuildContext:
     """:class:`megalm.plugin.contract.modules.BuildContext`; remembers the initial values of what it made."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, kernels: Kernels) -> None:
         self._cfg = cfg
+        self._kernels = kernels
         self._made: list[tuple[nn.Parameter, Init]] = []
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = True) -> nn.Module:
@@ -51,7 +59,7 @@ class ModelBuildContext:
 
     def norm(self, size: int) -> nn.Module:
         bias = self.parameter((size,)) if self._cfg.norm == "layer_norm" else None
-        return _Norm(self.parameter((size,), value=1.0), bias, self._cfg.norm_eps)
+        return _Norm(self.parameter((size,), value=1.0), bias, self._cfg.norm_eps, self._kernels)
 
     def parameter(self, shape: tuple[int, ...], *, std: float | None = None, value: float = 0.0) -> nn.Parameter:
         parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float32))
@@ -66,11 +74,13 @@ class ModelBuildContext:
 class PluginModules(ParallelModule):
     """The modules that plugins asked for, by name. ObjectiveError names a parameter that cannot be declared."""
 
-    def __init__(self, cfg: ModelConfig, builders: Mapping[str, ModuleBuilder], parallel: ParallelContext) -> None:
+    def __init__(
+        self, cfg: ModelConfig, builders: Mapping[str, ModuleBuilder], parallel: ParallelContext, kernels: Kernels
+    ) -> None:
         super().__init__(parallel)
         self.names = tuple(builders)
         for name, build in builders.items():
-            ctx = ModelBuildContext(cfg)
+            ctx = ModelBuildContext(cfg, kernels)
             module = build(cfg.hidden_size, ctx)
             if not isinstance(module, nn.Module):
                 raise ObjectiveError(f"module {name!r}: its builder must return a torch.nn.Module; found {module!r}")
@@ -109,5 +119,5 @@ class PluginModules(ParallelModule):
 def module_parameters(cfg: ModelConfig, builders: Mapping[str, ModuleBuilder]) -> int:
     """Elements of all parameters of these modules."""
     with torch.device("meta"):
-        modules = PluginModules(cfg, builders, single_rank())
+        modules = PluginModules(cfg, builders, single_rank(), PLAIN)
     return sum(parameter.numel() for parameter in modules.parameters())

@@ -14,7 +14,7 @@ from torch import nn
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from megalm.nn.microbatch import Microbatch
 from megalm.ops.attention import attention, attention_with_dropout
-from megalm.ops.kernels import PLAIN, Kernels
+from megalm.ops.kernels import Kernels
 from megalm.ops.rope import rope_angles
 from megalm.parallel.layout import Init, covering_ranges, even_ranges, scale_ranges
 from megalm.parallel.mesh import ParallelContext
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         site: str,
         init: Init,
         out_init: Init,
-        kernels: Kernels = PLAIN,
+        kernels: Kernels,
     ) -> None:
         super().__init__()
         self.kernels = kernels

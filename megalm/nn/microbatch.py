@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalm.errors import ObjectiveError
-from megalm.ops.dropout import DropoutAddress, dropout, row_spans
+from megalm.ops.dropout import DropoutAddress, row_spans
 from megalm.ops.kernels import Kernels
 from megalm.parallel.collectives import token_shard
 from megalm.parallel.mesh import ParallelContext
@@ -49,7 +49,7 @@ class Microbatch:
         total: torch.Tensor = kernels.dropout_add(x_TF, residual_TF, p, self.shard_address, site)
         return total
 
-    def row_dropout(self, x: torch.Tensor, p: float, site: str) -> torch.Tensor:
+    def row_dropout(self, x: torch.Tensor, p: float, site: str, kernels: Kernels) -> torch.Tensor:
         """Dropout of vectors that every rank holds: (rows, F), or (rows, n, F) for n places in each row. A plugin chose
         the ``site``, which is apart from the backbone's own."""
         if not 0.0 <= p < 1.0:
@@ -64,7 +64,8 @@ class Microbatch:
         places = 1 if x.dim() == 2 else x.shape[1]
         spans = tuple(replace(span, start=0, stop=places) for span in self.full_address.spans)
         address = replace(self.full_address, spans=spans)
-        return dropout(x.reshape(-1, x.shape[-1]), p, address, f"plugins.{site}").view(x.shape)
+        dropped: torch.Tensor = kernels.dropout(x.reshape(-1, x.shape[-1]), p, address, f"plugins.{site}")
+        return dropped.view(x.shape)
 
 
 def make_microbatch(

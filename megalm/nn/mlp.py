@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from megalm.ops.kernels import PLAIN, Kernels
+from megalm.ops.kernels import Kernels
 from megalm.parallel.layout import Init, even_ranges
 from megalm.parallel.mesh import ParallelContext
 
@@ -25,7 +25,7 @@ class MLP(nn.Module):
         bias: bool,
         init: Init,
         out_init: Init,
-        kernels: Kernels = PLAIN,
+        kernels: Kernels,
     ) -> None:
         super().__init__()
         ranges = even_ranges(inner, parallel.tp.size)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from megalm.nn.module import ParallelModule
-from megalm.ops.kernels import PLAIN, Kernels
+from megalm.ops.kernels import Kernels
 from megalm.parallel.layout import Init
 from megalm.parallel.mesh import ParallelContext
 
@@ -64,7 +64,7 @@ def make_norm(
     eps: float,
     *,
     token_sharded: bool = True,
-    kernels: Kernels = PLAIN,
+    kernels: Kernels,
 ) -> LayerNorm | RMSNorm:
     """The norm that ``kind`` names; ``token_sharded`` says that under SP it sees this rank's tokens only."""
     partial = parallel.token_partial if token_sharded else ()

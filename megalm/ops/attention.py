@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops.dropout import DropoutAddress
-from megalm.ops.kernels import PLAIN, Kernels
+from megalm.ops.kernels import Kernels
 
 
 def attention(
@@ -46,7 +46,7 @@ def attention_with_dropout(
     address: DropoutAddress,
     site: str,
     first_head: int,
-    kernels: Kernels = PLAIN,
+    kernels: Kernels,
 ) -> torch.Tensor:
     """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
     batch, heads, length, dim = q_BNSD.shape

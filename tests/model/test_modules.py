@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import nn
 
 from megalm.config.schema import ModelConfig
 from megalm.errors import ObjectiveError
+from megalm.model.kernels import kernel_requests
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec
 from megalm.nn.microbatch import make_microbatch
 from megalm.nn.module import layouts, materialise
 from megalm.ops.dropout import DropoutAddress, Span, dropout
+from megalm.ops.kernels import PLAIN, Kernels
 from megalm.parallel import rng
 from megalm.parallel.mesh import single_rank
 from megalm.plugin.contract.modules import BuildContext, ModuleBuilder
@@ -37,13 +40,16 @@ class Tower(nn.Module):
         return out
 
 
-def make_spec(builders: dict[str, ModuleBuilder], norm: str = "layer_norm") -> ModelSpec:
+def make_spec(builders: dict[str, ModuleBuilder], norm: str = "layer_norm", kernels: Kernels = PLAIN) -> ModelSpec:
     settings: dict[str, Any] = {"layers": 1, "hidden_size": 8, "heads": 2, "architecture": "bert", "norm": norm}
-    return ModelSpec(ModelConfig(**settings, init_std=0.3), 11, 2, 4, 16, 6, 0, False, False, (), modules=builders)
+    sizes = (11, 2, 4, 16, 6, 0, False, False)
+    return ModelSpec(ModelConfig(**settings, init_std=0.3), *sizes, (), modules=builders, kernels=kernels)
 
 
-def make_model(builders: dict[str, ModuleBuilder], norm: str = "layer_norm") -> LanguageModel:
-    model = LanguageModel(make_spec(builders, norm), single_rank())
+def make_model(
+    builders: dict[str, ModuleBuilder], norm: str = "layer_norm", kernels: Kernels = PLAIN
+) -> LanguageModel:
+    model = LanguageModel(make_spec(builders, norm, kernels), single_rank())
     materialise(model, single_rank(), 7, torch.float64)
     return model
 
@@ -76,6 +82,38 @@ def test_the_module_computes_what_torch_computes() -> None:
     normed = (dense - dense.mean(1, keepdim=True)) / (dense.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     expected = normed @ p["out.weight"].t() @ p["transitions"] * 2
     torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_what_plugins_make_computes_with_the_run_s_kernels(norm: str) -> None:
+    called = []
+
+    def watched(name: str) -> Callable[..., torch.Tensor]:
+        def function(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            called.append(name)
+            result: torch.Tensor = getattr(PLAIN, name)(*arguments, **keywords)
+            return result
+
+        return function
+
+    model = make_model({"tower": Tower}, norm, replace(PLAIN, **{name: watched(name) for name in (norm, "dropout")}))
+    microbatch = make_microbatch({"tokens": torch.zeros(2, 6, dtype=torch.int64)}, single_rank(), slots=[0, 1])
+    context = model.context(microbatch)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    own = context.module("tower").norm(x)
+    assert called == [norm]
+    context.dropout(x[:2], 0.5, "here")
+    assert called == [norm, "dropout"]
+    # Kernels need not take vectors and weights of two dtypes, which a plugin may bring together.
+    mixed = context.module("tower").norm(x.float())
+    assert called == [norm, "dropout"]
+    torch.testing.assert_close(mixed, own.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_chosen_for_where_a_plugin_may_drop() -> None:
+    for builders in ({}, {"tower": Tower}):
+        requests = kernel_requests(replace(make_spec(builders), kernels=PLAIN), "cpu", "float32")
+        assert ("dropout" in {request.operation for request in requests}) == bool(builders)
 
 
 def tied(hidden: int, ctx: BuildContext) -> nn.Module:

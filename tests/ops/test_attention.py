@@ -14,6 +14,7 @@ from megalm.nn.microbatch import make_microbatch
 from megalm.nn.module import materialise
 from megalm.ops.attention import attention, attention_with_dropout
 from megalm.ops.dropout import DropoutAddress, draws16, row_spans
+from megalm.ops.kernels import PLAIN
 from megalm.parallel.layout import Init
 from megalm.parallel.mesh import single_rank
 
@@ -65,7 +66,9 @@ def test_equals_loops(causal: bool, mask: torch.Tensor | None) -> None:
 def test_with_dropout_equals_loops(causal: bool, mask: torch.Tensor | None, p: float) -> None:
     q, k, v = qkv(1)
     address = DropoutAddress(3, 4, row_spans([6, 9], S, 0, B * S))
-    found = attention_with_dropout(q, k, v, causal=causal, mask_BS=mask, p=p, address=address, site=SITE, first_head=2)
+    found = attention_with_dropout(
+        q, k, v, causal=causal, mask_BS=mask, p=p, address=address, site=SITE, first_head=2, kernels=PLAIN
+    )
     threshold = round(p * 65536)
     heads = [draws16(address, f"{SITE}.head{2 + n}", S, q.device).view(B, S, S) >= threshold for n in range(N)]
     keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - threshold)
@@ -91,6 +94,7 @@ def test_grouped_queries_read_their_key_head(kv_heads: int, group: int, seed: in
         site=SITE,
         init=init,
         out_init=init,
+        kernels=PLAIN,
     )
     materialise(layer, one, seed, torch.float64)
     x = torch.randn(B * S, 6, dtype=torch.float64)
