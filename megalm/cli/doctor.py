@@ -77,20 +77,6 @@ def _gpus() -> list[str]:
     return [described(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
-def _serves(gpu: str, architectures: list[str]) -> bool:
-    """Machine code runs on its own major architecture, from its minor one on; what is newer than the last compiles its
-    PTX. Names with a letter (sm_90a) are for that architecture alone.
-    """
-    have = int(gpu.rpartition("sm_")[2].rstrip(")"))
-    names = [name.removeprefix("sm_") for name in architectures]
-    built = [int(name) for name in names if name.isdigit()]
-    return (
-        any(one // 10 == have // 10 and one <= have for one in built)
-        or any(int(name.rstrip("af")) == have for name in names)
-        or (names[-1].isdigit() and have >= built[-1])
-    )
-
-
 def _tools() -> dict[str, Any]:
     """What could be built with here."""
     from megalm.native import toolchain
@@ -137,9 +123,8 @@ def _libraries() -> dict[str, Any]:
     }
     if loaded.cuda:
         found |= {"CUDA": record["cuda"], "architectures": record["architectures"]}
-        if strange := [gpu for gpu in _gpus() if not _serves(gpu, record["architectures"])]:
-            wanted = ";".join(sorted({gpu.rpartition("sm_")[2].rstrip(")") for gpu in strange}))
-            found["but not for"] = [*strange, f"MEGALM_CUDA_ARCH={wanted} and MEGALM_CACHE=FOLDER build others"]
+        if (reason := loaded.unserved()) is not None:
+            found["but not for"] = reason
     else:
         found["without CUDA"] = str(loaded.without_cuda).splitlines()
     kept = build.installed()

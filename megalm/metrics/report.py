@@ -351,6 +351,8 @@ def _kernels(run: Run) -> str:
     for operation, found in (run.summary.get("kernels") or {}).items():
         why = "; ".join(f"not {name}: {reason}" for name, reason in found["passed_over"].items())
         rows[operation] = f"{found['implementation']} ({why})" if why else found["implementation"]
+        if sources := found.get("sources"):
+            rows["built from"] = f"sources {sources[:12]}"
     return f'<section class="card"><h2>Kernels</h2>{_table(rows)}</section>' if rows else ""
 
 

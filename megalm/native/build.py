@@ -158,7 +158,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def installed() -> dict[str, Any] | str:
     """The record of what the installation put into :data:`INSTALLED`, or why that does not serve: there is none, the
-    sources are others by now, or another processor was asked for.
+    sources are others by now, or another processor or GPU was asked for.
     """
     record = read_record(INSTALLED)
     if record is None:
@@ -172,7 +172,14 @@ def installed() -> dict[str, Any] | str:
     wanted = os.environ.get("MEGALM_MARCH")
     if wanted is not None and wanted != march:
         return f"the installation was built for {march or 'another processor'}, and MEGALM_MARCH={wanted}"
+    built, asked = record.get("architectures"), os.environ.get("MEGALM_CUDA_ARCH")
+    if built and asked and set(built) != set(_architectures()):
+        return f"the installation was built for {', '.join(built)}, and MEGALM_CUDA_ARCH={asked}"
     return record
+
+
+def _architectures() -> list[str]:
+    return [f"sm_{arch}" for arch in targets.architectures()]
 
 
 def _build(chosen: list[Target], out: Path, tools: Toolchain, csrc: Path) -> dict[str, Any]:
@@ -185,7 +192,7 @@ def _build(chosen: list[Target], out: Path, tools: Toolchain, csrc: Path) -> dic
         "march": "".join(targets.march()).removeprefix("-march="),
         "torch": tools.torch.version,
         "cuda": tools.cuda.version if cuda and tools.cuda is not None else None,
-        "architectures": [f"sm_{arch}" for arch in targets.architectures()] if cuda else [],
+        "architectures": _architectures() if cuda else [],
         "without_cuda": None if cuda else without_cuda(tools),
     }
     compile_targets(chosen, out, tools, record)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import sys
 import sysconfig
@@ -62,7 +63,31 @@ def sources() -> Path:
 def architectures() -> tuple[str, ...]:
     """Compute capabilities to compile for: :data:`ARCHITECTURES`, or those that MEGALM_CUDA_ARCH lists ("90;100")."""
     given = os.environ.get("MEGALM_CUDA_ARCH")
-    return tuple(given.replace(",", ";").split(";")) if given else ARCHITECTURES
+    if not given:
+        return ARCHITECTURES
+    names = tuple(name.strip() for name in given.replace(",", ";").split(";") if name.strip())
+    if wrong := [name for name in names if not re.fullmatch(r"[1-9][0-9]+[af]?", name)]:
+        raise BuildError(f"MEGALM_CUDA_ARCH is numbers such as 90 or 90a, parted by semicolons; found {wrong[0]!r}")
+    return names
+
+
+def serves(capability: str, archs: Iterable[str]) -> bool:
+    """Whether a library for these architectures ("80", "90a") runs on a GPU of a capability ("86").
+
+    Machine code runs on its own major architecture, from its minor one on; with an "a" on that very one. PTX, which
+    :func:`nvcc_flags` adds of one architecture, is compiled by the driver for all that are not older.
+    """
+    have, names = int(capability), list(archs)
+    code = [(int(name.rstrip("af")), name.endswith("a")) for name in names]
+    newest = newest_plain(names)
+    return any(have == one or (not alone and have // 10 == one // 10 and have > one) for one, alone in code) or (
+        newest is not None and have >= int(newest)
+    )
+
+
+def newest_plain(archs: Iterable[str]) -> str | None:
+    """The newest architecture without a letter: PTX of those with one serves no newer GPU. None where all have one."""
+    return max((name for name in archs if name.isdigit()), key=int, default=None)
 
 
 def march() -> list[str]:
@@ -99,7 +124,8 @@ def nvcc_flags(nvcc: str, csrc: Path) -> list[str]:
     """How kernels are compiled: machine code for each of :func:`architectures`, and PTX for what comes after."""
     archs = architectures()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    if newest := newest_plain(archs):
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     return [nvcc, "-std=c++17", "-O3", *codes, "-Xcompiler", "-fPIC", f"-I{csrc}", "-Werror", "all-warnings"]
 
 

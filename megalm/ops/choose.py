@@ -17,7 +17,7 @@ from megalm.ops.kernels import Kernels
 from megalm.ops.native.activation import Activations
 from megalm.ops.native.cross_entropy import CrossEntropies
 from megalm.ops.native.dropout import Dropouts
-from megalm.ops.native.library import Absent, library
+from megalm.ops.native.library import Absent, Library, library
 from megalm.ops.native.norm import Norms
 from megalm.ops.native.rope import Rope
 from megalm.ops.native.softmax import Softmaxes
@@ -89,6 +89,8 @@ class Native(KernelProvider):
             return f"the kernels are not built: {found.reason}"
         if self._device == "cuda" and found.without_cuda is not None:
             return f"the kernels are not built for CUDA: {found.without_cuda}"
+        if self._device == "cuda" and (reason := found.unserved()) is not None:
+            return f"the kernels are not built for this GPU: {reason}"
         return None
 
     def functions(self, request: KernelRequest) -> Mapping[str, Function]:
@@ -120,10 +122,15 @@ class Decision:
     """What the configuration says: ``auto``, or that name."""
     passed_over: Mapping[str, str] = field(default_factory=dict)
     """Under ``auto``, what came before it in the order and why it does not serve."""
+    sources: str | None = None
+    """Hex SHA-256 of what megalm's kernels were built from; none of other implementations. Two hosts may have libraries
+    of different sources, and what they compute then differs in its last digits at least."""
 
     def as_dict(self) -> dict[str, Any]:
         """All but the operation, as JSON values."""
-        return {"implementation": self.implementation, "asked": self.asked, "passed_over": dict(self.passed_over)}
+        built = {} if self.sources is None else {"sources": self.sources}
+        passed = dict(self.passed_over)
+        return {"implementation": self.implementation, "asked": self.asked, "passed_over": passed, **built}
 
     def __str__(self) -> str:
         if self.asked != AUTO:
@@ -163,16 +170,23 @@ def _decide(
     if name != AUTO:
         provider = provider_named(name, manager)
         why = provider.supports(request)
-        return (why if why is not None else Decision(request.operation, name, name)), provider
+        if why is not None:
+            return why, provider
+        return Decision(request.operation, name, name, sources=_sources(provider)), provider
     passed: dict[str, str] = {}
     for built_in, provider in BUILT_IN.items():
         why = provider.supports(request)
         if why is None:
             # That a kernel is for the other device is no news.
             news = {key: text for key, text in passed.items() if key not in ("cpu", "cuda") or key == request.device}
-            return Decision(request.operation, built_in, name, news), provider
+            return Decision(request.operation, built_in, name, news, _sources(provider)), provider
         passed[built_in] = why
     raise AssertionError("the reference serves everything")
+
+
+def _sources(provider: KernelProvider) -> str | None:
+    found = library() if isinstance(provider, Native) else None
+    return str(found.record["sources"]) if isinstance(found, Library) else None
 
 
 def provider_named(name: str, manager: PluginManager | None) -> KernelProvider:

@@ -73,7 +73,10 @@ class Prepared:
             "tokenizer": self.tokenizer.identity,
             "data": self.data_identity,
             "pipeline": {"order": self.order_identity},
-            "kernels": {decision.operation: decision.implementation for decision in self.kernels},
+            "kernels": {
+                **{decision.operation: decision.implementation for decision in self.kernels},
+                "sources": next((decision.sources for decision in self.kernels if decision.sources), None),
+            },
         }
 
 

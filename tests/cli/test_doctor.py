@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from megalm.cli import doctor
 from megalm.cli.app import app
 from megalm.native import build
-from megalm.ops.native.library import Absent, library
+from megalm.ops.native.library import Absent, Library, library
 from megalm.plugin.contract.kernels import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,11 +76,16 @@ def test_it_builds_in_a_line(tmp_path: Path) -> None:
     assert ended.stderr == "megalm: no native code, so torch and the references compute:\nMEGALM_NATIVE=off\n"
 
 
-def test_gpus_that_the_library_is_not_for() -> None:
-    built = ["sm_80", "sm_90", "sm_100"]
-    names = ("80", "86", "90", "100", "103", "120")
-    assert all(doctor._serves(f"A GPU (sm_{name})", built) for name in names)
-    assert not doctor._serves("A GPU (sm_75)", built)
-    assert not doctor._serves("A GPU (sm_86)", ["sm_90"])
-    assert doctor._serves("A GPU (sm_90)", ["sm_80", "sm_90a"])
-    assert not doctor._serves("A GPU (sm_100)", ["sm_80", "sm_90a"])
+def test_gpus_that_the_library_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"architectures": ["sm_90"], "cuda": "13.0", "libraries": ["_cpu", "_cuda"], "sources": "0" * 64}
+    record |= {"march": "", "compiler": "c++", "torch": "2.13"}
+    loaded = Library(Path(), "cache", without_cuda=None, record=record)
+    monkeypatch.setattr("megalm.ops.native.library.library", lambda: loaded)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+    said = doctor._libraries()["but not for"]
+    assert "A GPU is sm_86" in said
+    assert 'MEGALM_CUDA_ARCH="86"' in said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert "but not for" not in doctor._libraries()

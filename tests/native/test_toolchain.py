@@ -116,6 +116,36 @@ def test_the_processor_decides_for_what_is_compiled(tmp_path: Path, monkeypatch:
         processor.features.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("built", "served", "unserved"),
+    [
+        ("80;90;100", "80 86 89 90 100 103 120", "70 75"),
+        ("100;80", "80 86 100 120", "75 90"),  # PTX is of the newest, wherever it stands
+        ("90", "90 100", "86"),
+        ("80;90a", "80 90 100 120", "75"),  # no code of 90a's, PTX of 80
+        ("90a", "90", "80 100"),
+        ("86", "86 89 90", "80"),
+        ("100f", "100 103", "90 110 120"),
+        ("100a", "100", "103"),
+    ],
+)
+def test_gpus_that_a_library_serves(built: str, served: str, unserved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALM_CUDA_ARCH", built)
+    archs = targets.architectures()
+    assert {name: targets.serves(name, archs) for name in served.split()} == dict.fromkeys(served.split(), True)
+    assert {name: targets.serves(name, archs) for name in unserved.split()} == dict.fromkeys(unserved.split(), False)
+    ptx = [word for word in targets.nvcc_flags("nvcc", ROOT) if "code=compute" in word]
+    newest = targets.newest_plain(archs)
+    assert ptx == ([] if newest is None else [f"-gencode=arch=compute_{newest},code=compute_{newest}"])
+
+
+@pytest.mark.parametrize("wrong", ["9.0", "sm_90", "80;;ninety", "9"])
+def test_architectures_that_are_none(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALM_CUDA_ARCH", wrong)
+    with pytest.raises(BuildError, match="MEGALM_CUDA_ARCH is numbers such as 90"):
+        targets.architectures()
+
+
 @pytest.fixture
 def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of sources and an installation that was built from them."""
@@ -148,6 +178,16 @@ def test_an_installation_for_another_processor(installation: Path, monkeypatch: 
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx"}))
     monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
     assert "this processor lacks abm, avx2" in str(build.installed())
+
+
+def test_an_installation_for_other_gpus(installation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = installation / "lib" / "build.json"
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps({**found, "architectures": ["sm_80", "sm_90"]}))
+    monkeypatch.setenv("MEGALM_CUDA_ARCH", "80;90")
+    assert isinstance(build.installed(), dict)
+    monkeypatch.setenv("MEGALM_CUDA_ARCH", "75")
+    assert build.installed() == "the installation was built for sm_80, sm_90, and MEGALM_CUDA_ARCH=75"
 
 
 def test_a_broken_record_is_none(installation: Path) -> None:

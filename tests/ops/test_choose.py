@@ -17,7 +17,7 @@ from megalm.ops.native.library import Absent, Library
 from megalm.plugin.contract.kernels import OPERATIONS, KernelRequest
 from megalm.plugin.manager import PluginManager
 
-BUILT = Library(Path(), "cache", without_cuda=None, record={})
+BUILT = Library(Path(), "cache", without_cuda=None, record={"architectures": ["sm_80", "sm_90"], "sources": "5" * 64})
 WITHOUT_CUDA = Library(Path(), "cache", without_cuda="no nvcc", record={})
 
 
@@ -46,8 +46,38 @@ def test_auto_takes_the_first_that_serves(
         expected = "reference" if BUILT_IN["torch"].supports(request) else "torch"
         assert device in decision.passed_over
     assert decision.implementation == expected
+    assert decision.sources == ("5" * 64 if expected in ("cpu", "cuda") else None)
     assert set(decision.passed_over) <= {device, "torch"}
     assert expected in str(decision)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Capabilities of the GPUs that torch finds."""
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    return found
+
+
+def test_kernels_without_code_for_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[int, int]]) -> None:
+    """They would fail at their first launch."""
+    monkeypatch.setattr(choose, "library", lambda: BUILT)
+    request = KernelRequest("rms_norm", "cuda", "bfloat16")
+    gpus += [(9, 0), (12, 0), (8, 6)]
+    assert _chosen(request).implementation == "cuda"
+    gpus.append((7, 5))
+    decision = _chosen(request)
+    assert decision.implementation == "torch"
+    why = decision.passed_over["cuda"]
+    assert "built for sm_80, sm_90, and GPU 3 is sm_75" in why
+    assert 'MEGALM_CUDA_ARCH="75;86;90;120" builds others' in why
+    assert why in str(decision)
+    with pytest.raises(ConfigError, match=r'kernels\.rms_norm = "cuda": .*GPU 3 is sm_75: MEGALM_CUDA_ARCH='):
+        _chosen(request, "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("a run on the processor wakes CUDA"))
+    assert _chosen(KernelRequest("rms_norm", "cpu", "float32")).implementation == "cpu"
 
 
 def test_a_name_is_taken_or_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megalm.launch import _disagreements
 from megalm.ops import choose
-from megalm.ops.native.library import Absent, library
+from megalm.ops.native.library import Absent, Library, library
 from megalm.parallel.mesh import single_rank
 from megalm.train.prepare import Prepared
 from megalm.train.trainer import Trainer
@@ -47,9 +49,31 @@ def test_native_kernels_train_as_the_references_do(
         kernels = _summary(prepared)["kernels"]
         assert isinstance(kernels, dict)
         assert {found["implementation"] for found in kernels.values()} == {name}
-        assert "Kernels" in (prepared.run_dir / "report.html").read_text()
+        loaded = library()
+        assert isinstance(loaded, Library)
+        sources = loaded.record["sources"] if name == "cpu" else None
+        assert {found.get("sources") for found in kernels.values()} == {sources}
+        report = (prepared.run_dir / "report.html").read_text()
+        assert "Kernels" in report
+        assert ("built from" in report) == (name == "cpu")
     assert losses["cpu"] == pytest.approx(losses["reference"], rel=1e-4)
     assert len(weights) == 2, "the same bits: one of them did not compute"
+
+
+@pytest.mark.skipif(isinstance(library(), Absent), reason="the kernels are not built here")
+def test_ranks_agree_on_what_their_kernels_were_built_from(
+    prepare: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts may keep libraries of different sources under one name."""
+    settings = ("train.precision=float32", "kernels.layer_norm=cpu")
+    mine = prepare("causal_lm", *settings).facts()
+    assert _disagreements([mine, prepare("causal_lm", *settings).facts()]) == []
+    found = library()
+    assert isinstance(found, Library)
+    other = replace(found, record={**found.record, "sources": "0" * 64})
+    monkeypatch.setattr(choose, "library", lambda: other)
+    _, line = _disagreements([mine, prepare("causal_lm", *settings).facts()])
+    assert line == f'  kernels: sources: "{found.record["sources"]}" -> "{"0" * 64}"'
 
 
 def test_a_change_on_resume_is_said(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from megalm.errors import UsageError
 from megalm.native import build, processor
 from megalm.native.errors import BuildError
+from megalm.native.targets import serves
 from megalm.native.toolchain import find_toolkit
 from megalm.ops.native import activation, cross_entropy, dropout, multi_tensor, norm, rope, softmax
 
@@ -41,6 +43,23 @@ class Library:
         """CUDA's implementations are there too."""
         return self.without_cuda is None
 
+    def unserved(self) -> str | None:
+        """Which GPU of this machine CUDA's implementations are not for, and what builds others; none where all are
+        served. It wakes CUDA, which a run on the processor should not.
+        """
+        built = [name.removeprefix("sm_") for name in self.record["architectures"]]
+        indices = range(torch.cuda.device_count())
+        have = ["".join(map(str, torch.cuda.get_device_capability(index))) for index in indices]
+        for index, capability in enumerate(have):
+            if not serves(capability, built):
+                wanted = ";".join(sorted(set(have), key=int))
+                return (
+                    f"they are built for {', '.join(self.record['architectures'])}, and "
+                    f"{torch.cuda.get_device_name(index)} is sm_{capability}: "
+                    f'MEGALM_CUDA_ARCH="{wanted}" builds others, CUDA_VISIBLE_DEVICES hides a GPU that is not used'
+                )
+        return None
+
 
 @dataclass(frozen=True)
 class Absent:
@@ -49,12 +68,21 @@ class Absent:
     reason: str
 
 
-@functools.cache
+_LOADING = threading.Lock()
+"""Pipelines compute again in autograd's threads; loading twice would register operations twice, which torch refuses."""
+
+
 def library() -> Library | Absent:
     """Load the operations of the namespace ``megalm``, building them if need be; what came of it.
 
     Raises UsageError under MEGALM_NATIVE=require.
     """
+    with _LOADING:
+        return _library()
+
+
+@functools.cache
+def _library() -> Library | Absent:
     wanted = os.environ.get("MEGALM_NATIVE", "auto")
     if wanted not in ("auto", "off", "require"):
         raise UsageError(f"MEGALM_NATIVE is auto, off or require; found {wanted!r}")
