@@ -19,30 +19,14 @@ from megalm.ops.native.rope import Rope
 from megalm.ops.native.softmax import Softmaxes
 
 from .backends import Backend
+from .calls import calls
 
-
-def _calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each operation, as small as they may be."""
-    x, row, one = (torch.ones(shape, device=device) for shape in ((4, 8), (8,), (4,)))
-    labels, angles = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, 4, device=device)
-    scores, mask = x.view(1, 1, 4, 8), torch.ones(1, 8, dtype=torch.bool, device=device)
-    spans = torch.zeros(1, 5, dtype=torch.int64, device=device)
-    return {
-        "rms_norm": (x, row, x, 1e-5, 0.0),
-        "rms_norm_backward": (x, x, x, row, one, 0.0),
-        "layer_norm": (x, row, row, x, 1e-5, 0.0),
-        "layer_norm_backward": (x, x, x, row, one, one, 0.0, True),
-        "gated_activation_backward": (x[:, :4], x, 0),
-        "bias_activation": (x, row, 0),
-        "bias_activation_backward": (x, x, row, 0),
-        "rope": (x.view(1, 4, 1, 8), angles, angles, labels, False, False),
-        "masked_softmax": (scores, mask, 1.0, False, 0),
-        "masked_softmax_backward": (scores, scores, 1.0),
-        "dropout_add": (x, x, row, spans, 1, 2, 3),
-        "dropout_add_backward": (x, spans, 1, 2, 3, True),
-        "cross_entropy_statistics": (x, labels, 0, True),
-        "cross_entropy_gradient_": (x, labels, 0, one, one, one, 0.0, 1.0),
-    }
+SEVERAL = [
+    name
+    for name, arguments in calls(torch.device("cpu")).items()
+    if sum(isinstance(argument, Tensor) for argument in arguments) > 1
+]
+"""Operations on more than one tensor."""
 
 
 def _with(backend: Backend, name: str, arguments: tuple[Any, ...]) -> None:
@@ -51,9 +35,9 @@ def _with(backend: Backend, name: str, arguments: tuple[Any, ...]) -> None:
     getattr(getattr(torch.ops, backend.namespace), name).default.redispatch(key, *arguments)
 
 
-@pytest.mark.parametrize("name", _calls(torch.device("meta")))
+@pytest.mark.parametrize("name", SEVERAL)
 def test_all_tensors_are_on_one_device(backend: Backend, name: str) -> None:
-    arguments = _calls(backend.device)[name]
+    arguments = calls(backend.device)[name]
     _with(backend, name, arguments)
     elsewhere = "meta" if backend.device.type == "cpu" else "cpu"
     for i, argument in enumerate(arguments):

@@ -38,7 +38,7 @@ def _library(*, sanitize: bool) -> tuple[Path, Toolchain]:
 
 
 def _run(library: Path, env: dict[str, str], *kernels: str) -> None:
-    """The kernels' own tests on the emulator, without those of torch's tracing, which run no other code of ours."""
+    """The tests of these names on the emulator, without those of torch's tracing, which run no other code of ours."""
     tests = [ROOT / "tests" / "kernels" / f"test_{kernel}.py" for kernel in kernels]
     missing = [str(path) for path in tests if not path.exists()]
     assert not missing, f"kernels without tests: {missing}"
@@ -52,7 +52,7 @@ def _run(library: Path, env: dict[str, str], *kernels: str) -> None:
     assert int(passed.group(1)) >= 5 * len(kernels)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "alignment"])
 def test_sanitizers_find_nothing(kernel: str) -> None:
     library, tools = _library(sanitize=True)
     _run(library, preloaded(tools.cxx), kernel)
