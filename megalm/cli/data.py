@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from megalm.cli.options import Overrides, Plugins, names
+from megalm.data.manifest import Manifest
 from megalm.data.readers import DOCUMENTS
 from megalm.data.tokenizer import Resolve, tokenizer_from_spec
 from megalm.errors import DataError
@@ -42,6 +43,9 @@ TextKey = Annotated[str, typer.Option("--text-key", metavar="KEY", help="Key of 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by megalm data prepare.")]
+Prefix = Annotated[
+    Path, typer.Argument(metavar="PREFIX", help="Of PREFIX.bin and PREFIX.idx, a dataset of Megatron-LM.")
+]
 
 
 @app.command()
@@ -81,13 +85,7 @@ def prepare(
             overwrite=overwrite,
             progress=progress,
         )
-    for name, part in manifest.parts.items():
-        typer.echo(
-            f"{name}: {part.tokens:,} tokens, {part.sentences:,} sentences, {part.documents:,} documents "
-            f"({part.tokens / part.documents:.1f} tokens each)"
-        )
-    if manifest.dropped_documents:
-        typer.echo(f"dropped {manifest.dropped_documents:,} documents that have no tokens")
+    _echo_parts(manifest)
     typer.echo(f"wrote {out}")
 
 
@@ -135,6 +133,76 @@ def train_tokenizer(
     typer.echo(f"wrote {out}")
 
 
+@app.command("import-megatron")
+def import_megatron(
+    prefix: Prefix,
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", metavar="SPEC", help="The tokenizer that the dataset was made with.")
+    ],
+    out: Out,
+    validation: Annotated[
+        float, typer.Option("--validation", metavar="SHARE", help="Share of documents held out: the last ones.")
+    ] = 0.01,
+    validation_prefix: Annotated[
+        Path | None,
+        typer.Option("--validation-prefix", metavar="PREFIX", help="Dataset for the validation part, instead."),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the ids; else they are read where they are, and must stay there.")
+    ] = False,
+    ignore_modes: Annotated[
+        bool, typer.Option("--ignore-modes", help="Take every sequence of a multimodal dataset for text.")
+    ] = False,
+    overwrite: Overwrite = False,
+    plugins: Plugins = None,
+) -> None:
+    """Make a store over a dataset of Megatron-LM, PREFIX.bin and PREFIX.idx, to train on it in place."""
+    from megalm.data.megatron.importing import import_megatron as run
+
+    component, loaded = tokenizer_from_spec(tokenizer, resolver(plugins))
+    with _progress("reading") as progress:
+        manifest, remarks = run(
+            prefix,
+            loaded,
+            out,
+            component=component,
+            validation=validation,
+            validation_prefix=validation_prefix,
+            copy=copy,
+            ignore_modes=ignore_modes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _echo_parts(manifest)
+    for remark in remarks:
+        typer.echo(remark)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("export-megatron")
+def export_megatron(
+    store: Store,
+    prefix: Prefix,
+    part: Annotated[str, typer.Option("--part", metavar="PART", help="train or validation.")] = "train",
+    sequences: Annotated[
+        str,
+        typer.Option(
+            "--sequences", metavar="WHAT", help="A sequence for each of the documents (GPT), or sentences (BERT)."
+        ),
+    ] = "documents",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a part of a store as a dataset of Megatron-LM, PREFIX.bin and PREFIX.idx."""
+    from megalm.data.megatron.export import export_megatron as run
+    from megalm.data.store import TokenStore
+
+    source = TokenStore.open(store, part)
+    with _progress("writing") as progress:
+        written = run(source, prefix, sequences=sequences, overwrite=overwrite, progress=progress)
+    typer.echo(f"{part}: {source.num_tokens:,} tokens, {source.num_documents:,} documents")
+    typer.echo(f"wrote {written[0]} and {written[1]}")
+
+
 @app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="DIR|RUN.toml", help="A token store, or a run's configuration.")],
@@ -173,6 +241,16 @@ def baselines(store: Store, json: Json = False) -> None:
     typer.echo(f"unigram {found.unigram:.4f} nats per token")
     typer.echo(f"bigram  {found.bigram:.4f} nats per token")
     typer.echo(f"over {found.tokens:,} tokens of the validation part")
+
+
+def _echo_parts(manifest: Manifest) -> None:
+    for name, part in manifest.parts.items():
+        typer.echo(
+            f"{name}: {part.tokens:,} tokens, {part.sentences:,} sentences, {part.documents:,} documents "
+            f"({part.tokens / part.documents:.1f} tokens each)"
+        )
+    if manifest.dropped_documents:
+        typer.echo(f"dropped {manifest.dropped_documents:,} documents that have no tokens")
 
 
 def resolver(plugins: str | None) -> Resolve:

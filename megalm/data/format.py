@@ -1,11 +1,14 @@
 """The binary layout of a token store's two files, and nothing else.
 
-Both start with a 64-byte little-endian header that ends in a checksum of itself, so that a damaged size or type is
-found before anything is mapped. The token file is as large as the corpus and is therefore checked by size when opened
-and by hash on request; the index is small and its checksum is part of its header.
+Both files are a header page, pages of data, and pages of checksums (see :mod:`megalm.data.pages`), each page
+``PAGE_BYTES`` long, so that a file's exact size follows from its header. The header ends in a checksum of itself and
+names the root of the checksums; the manifest names the header's checksum. So a file of another store, or an older one
+of this store, is refused when opened, however alike it is, and every byte of data can be checked when it is read,
+without reading the rest.
 
-``PART.tokens``  header, then ``tokens`` ids of 2 or 4 bytes.
-``PART.index``   header, then int64 arrays: token offset of each document, and the end (documents + 1); number of each
+``PART.tokens``  data: the ids, little-endian. Where the data is *linked*, the ids stay in a file of their own (a
+                 Megatron-LM ``.bin``), and this one holds their checksums only.
+``PART.index``   data: int64 arrays: token offset of each document, and the end (documents + 1); number of each
                  document's first sentence, and the end (documents + 1); token offset of each sentence, and the end
                  (sentences + 1).
 """
@@ -16,24 +19,46 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megalm.errors import DataError
 
-HEADER_BYTES = 64
-VERSION = 1
-_TOKENS = struct.Struct("<8sIIQQ24x")
+PAGE_BYTES = 4096
+"""Of the header, of what a checksum covers, and of memory: a sample of 2,048 two-byte tokens touches two pages."""
+HEADER_BYTES = PAGE_BYTES
+VERSION = 2
+_TOKENS = struct.Struct("<8sI4sQQQ16s")
 _INDEX = struct.Struct("<8sIIQQQ16s")
 _TOKENS_MAGIC = b"MEGALMTK"
 _INDEX_MAGIC = b"MEGALMIX"
-_CHECKSUM_BYTES = HEADER_BYTES - _TOKENS.size
+_VERSION = struct.Struct("<8xI")
+_SEAL_BYTES = 16
 _NO_EOS = 0xFFFFFFFF
+DTYPES = ("<u2", "<u4", "<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8")
+"""How ids may lie in a file: the first two in stores of ``megalm data prepare``, all of them where linked."""
 
 
 def _seal(body: bytes) -> bytes:
-    return body + hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
+    """A header page: the body, zeros, and the checksum of both."""
+    page = body.ljust(HEADER_BYTES - _SEAL_BYTES, b"\0")
+    return page + hashlib.blake2b(page, digest_size=_SEAL_BYTES).digest()
 
 
-def _unseal(path: Path, raw: bytes, layout: struct.Struct, magic: bytes) -> tuple[int, ...]:
+def seal_of(header: bytes) -> str:
+    """The checksum at the end of a header page, in hex, as the manifest names it."""
+    return header[-_SEAL_BYTES:].hex()
+
+
+def _unseal(path: Path, raw: bytes, layout: struct.Struct, magic: bytes) -> tuple[Any, ...]:
+    if len(raw) >= _VERSION.size and raw[: len(magic)] == magic:
+        (version,) = _VERSION.unpack_from(raw)
+        if version == 1:
+            raise DataError(
+                f"{path}: format version 1 at offset 8, which has no checksums of pages; this megalm reads version "
+                f"{VERSION}, prepare the data again"
+            )
     if len(raw) < HEADER_BYTES:
         raise DataError(
             f"{path}: truncated at offset {len(raw)}, inside its {HEADER_BYTES}-byte header; prepare the data again"
@@ -53,27 +78,42 @@ def item_bytes(vocab_size: int) -> int:
     return 2 if vocab_size <= 1 << 16 else 4
 
 
+def data_pages(size: int) -> int:
+    """Pages that hold ``size`` bytes."""
+    return -(-size // PAGE_BYTES)
+
+
 @dataclass(frozen=True)
 class TokensHeader:
     """Header of ``PART.tokens``."""
 
-    itemsize: int
-    """Bytes of a token, 2 or 4, unsigned little-endian."""
+    dtype: str
+    """One of :data:`DTYPES`."""
     tokens: int
     vocab_size: int
     """Ids are below this."""
+    linked: bool
+    """Whether the ids lie in another file."""
+    root: bytes
+    """Of the checksums of the ids' pages, 16 bytes."""
 
     @property
-    def file_bytes(self) -> int:
-        """Exact size of the file."""
-        return HEADER_BYTES + self.itemsize * self.tokens
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return np.dtype(self.dtype).itemsize
 
     def pack(self) -> bytes:
-        return _seal(_TOKENS.pack(_TOKENS_MAGIC, VERSION, self.itemsize, self.tokens, self.vocab_size))
+        linked = int(self.linked)
+        fields = (self.dtype.encode("ascii"), self.tokens, self.vocab_size, linked, self.root)
+        return _seal(_TOKENS.pack(_TOKENS_MAGIC, VERSION, *fields))
 
     @classmethod
     def unpack(cls, path: Path, raw: bytes) -> TokensHeader:
-        return cls(*_unseal(path, raw, _TOKENS, _TOKENS_MAGIC))
+        dtype, tokens, vocab_size, linked, root = _unseal(path, raw, _TOKENS, _TOKENS_MAGIC)
+        name = dtype.rstrip(b"\0").decode("ascii", errors="backslashreplace")
+        if name not in DTYPES:
+            raise DataError(f"{path}: offset 12 names the type {name!r}, expected one of {', '.join(DTYPES)}")
+        return cls(name, tokens, vocab_size, bool(linked), root)
 
 
 @dataclass(frozen=True)
@@ -81,29 +121,24 @@ class IndexHeader:
     """Header of ``PART.index``."""
 
     eos: int | None
-    """Id of the token that ends every document, where the tokenizer has one."""
+    """Id of the token that ends every document, where there is one."""
     documents: int
     sentences: int
     tokens: int
-    digest: bytes
-    """16-byte BLAKE2b of the arrays."""
+    root: bytes
+    """Of the checksums of the arrays' pages, 16 bytes."""
 
     @property
     def entries(self) -> int:
-        """int64 values after the header."""
+        """int64 values of data."""
         return 2 * (self.documents + 1) + self.sentences + 1
-
-    @property
-    def file_bytes(self) -> int:
-        """Exact size of the file."""
-        return HEADER_BYTES + 8 * self.entries
 
     def pack(self) -> bytes:
         eos = _NO_EOS if self.eos is None else self.eos
         counts = (self.documents, self.sentences, self.tokens)
-        return _seal(_INDEX.pack(_INDEX_MAGIC, VERSION, eos, *counts, self.digest))
+        return _seal(_INDEX.pack(_INDEX_MAGIC, VERSION, eos, *counts, self.root))
 
     @classmethod
     def unpack(cls, path: Path, raw: bytes) -> IndexHeader:
-        eos, documents, sentences, tokens, digest = _unseal(path, raw, _INDEX, _INDEX_MAGIC)
-        return cls(None if eos == _NO_EOS else eos, documents, sentences, tokens, digest)  # type: ignore[arg-type]
+        eos, documents, sentences, tokens, root = _unseal(path, raw, _INDEX, _INDEX_MAGIC)
+        return cls(None if eos == _NO_EOS else eos, documents, sentences, tokens, root)

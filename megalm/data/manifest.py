@@ -19,7 +19,7 @@ from megalm.errors import DataError
 
 NAME = "manifest.json"
 FORMAT = "megalm-token-store"
-VERSION = 1
+VERSION = 2
 
 
 class FileRecord(Settings):
@@ -29,6 +29,19 @@ class FileRecord(Settings):
     """Exact size."""
     sha256: str
     """Hex digest of the whole file."""
+    seal: str
+    """Hex checksum at the end of the file's header: of which store, and of which state of it, this file is."""
+
+
+class LinkRecord(Settings):
+    """Where a part's ids lie, if not in the store: bytes of another program's file."""
+
+    bytes: int
+    """Exact size of that file."""
+    start: int
+    """Byte at which the part begins."""
+    sha256: str
+    """Hex digest of the part's bytes."""
 
 
 class PartRecord(Settings):
@@ -40,6 +53,8 @@ class PartRecord(Settings):
     """Length of the stream, end-of-document tokens included."""
     files: dict[str, FileRecord]
     """By file name."""
+    link: LinkRecord | None = None
+    """Set where the ids are not in the store's own file."""
 
 
 class TokenizerRecord(Settings):
@@ -80,6 +95,9 @@ class Manifest(Settings):
     """Options of the preparation."""
     dropped_documents: int
     """Documents without a single token."""
+    links: dict[str, str] = {}
+    """Absolute path of the file of each linked part; apart from the parts, so that a corpus keeps its identity when it
+    moves."""
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``; the caller makes the folder durable."""
@@ -104,7 +122,10 @@ class Manifest(Settings):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise DataError(f'{path}: not the manifest of a token store: "format" is not "{FORMAT}"')
         if content.get("version") != VERSION:
-            raise DataError(f"{path}: format version {content.get('version')!r}, this megalm reads version {VERSION}")
+            raise DataError(
+                f"{path}: format version {content.get('version')!r}, this megalm reads version {VERSION}; "
+                "prepare the data again"
+            )
         checksum = content.pop("checksum", None)
         if checksum != _checksum(content):
             raise DataError(

@@ -1,19 +1,19 @@
-"""Writes one part of a token store, document by document, in constant memory.
+"""Writes one part of a token store, in constant memory, from lists of ids or from arrays of many documents.
 
-Tokens go straight to their file; the three arrays of the index grow in files of their own and are joined at the end,
-because their lengths are known only then.
+Tokens go straight to their file, with their checksums on the way; the three arrays of the index grow in files of their
+own and are joined at the end, because their lengths are known only then.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from megalm.data.format import HEADER_BYTES, IndexHeader, TokensHeader, item_bytes
+from megalm.data.checksums import Checksums
+from megalm.data.format import HEADER_BYTES, PAGE_BYTES, IndexHeader, TokensHeader, item_bytes, seal_of
 from megalm.data.manifest import FileRecord, PartRecord
 from megalm.errors import TokenizerError
 
@@ -22,7 +22,7 @@ _COPY_BYTES = 1 << 20
 
 
 class PartWriter:
-    """``PART.tokens`` and ``PART.index`` in an existing folder. Call :meth:`add` for each document, then
+    """``PART.tokens`` and ``PART.index`` in an existing folder. Call :meth:`add` or :meth:`add_arrays`, then
     :meth:`close`."""
 
     def __init__(self, folder: Path, part: str, vocab_size: int, eos: int | None) -> None:
@@ -30,50 +30,63 @@ class PartWriter:
         self.part = part
         self.vocab_size = vocab_size
         self.eos = eos
-        self.tokens = self.documents = self.sentences = 0
+        self.tokens = 0
         self._dtype = np.dtype(f"<u{item_bytes(vocab_size)}")
-        self._file = open(folder / f"{part}.tokens", "wb")  # noqa: SIM115  # closed by close() or abandon()
-        self._file.write(bytes(HEADER_BYTES))
-        self._buffer: list[int] = []
-        self._spools = [_Spool(folder / f"{part}.index.{name}") for name in ("documents", "firsts", "sentences")]
+        self._file = PagedFile(folder / f"{part}.tokens")
+        self._held: list[Sequence[Sequence[int]]] = []
+        self._held_tokens = 0
+        self._index = IndexWriter(folder, part)
+        self._documents = self._sentences = 0
+
+    @property
+    def documents(self) -> int:
+        """Documents added so far."""
+        return self._documents
+
+    @property
+    def sentences(self) -> int:
+        """Sentences added so far."""
+        return self._sentences
 
     def add(self, document: Sequence[Sequence[int]]) -> bool:
         """Append a document given as the ids of its sentences; False, and nothing written, where it has no tokens."""
         kept = [sentence for sentence in document if len(sentence)]
         if not kept:
             return False
-        documents, firsts, sentences = self._spools
-        documents.append(self.tokens)
-        firsts.append(self.sentences)
-        for sentence in kept:
-            sentences.append(self.tokens)
-            self.tokens += len(sentence)
-            self._buffer.extend(sentence)
-        if self.eos is not None:
-            self._buffer.append(self.eos)
-            self.tokens += 1
-        self.documents += 1
-        self.sentences += len(kept)
-        if len(self._buffer) >= _FLUSH:
+        count = sum(map(len, kept))
+        self._held.append(kept)
+        self._held_tokens += count
+        self._documents += 1
+        self._sentences += len(kept)
+        self.tokens += count + (self.eos is not None)
+        if self._held_tokens >= _FLUSH:
             self._flush()
         return True
+
+    def add_arrays(self, ids: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> int:
+        """Append many documents at once, and return how many of them had tokens; those without are left out.
+
+        ``ids``: (tokens,) integers, without end-of-document tokens; ``sentences``: (sentences,) tokens of each;
+        ``documents``: (documents,) sentences of each. Raises ValueError where the three do not fit together.
+        """
+        self._flush()
+        sentences, documents = np.asarray(sentences, dtype=np.int64), np.asarray(documents, dtype=np.int64)
+        before = self._documents
+        self._write(np.asarray(ids), sentences, documents)
+        self._documents, self._sentences = self._index.documents, self._index.sentences
+        self.tokens = self._index.tokens
+        return self._documents - before
 
     def close(self) -> PartRecord:
         """Complete both files and return their record."""
         self._flush()
-        self._file.seek(0)
-        self._file.write(TokensHeader(self._dtype.itemsize, self.tokens, self.vocab_size).pack())
-        self._file.close()
-        for spool, end in zip(self._spools, (self.tokens, self.sentences, self.tokens), strict=True):
-            spool.append(end)
-        index = self.folder / f"{self.part}.index"
-        digest = hashlib.blake2b(digest_size=16)
-        with open(index, "wb") as out:
-            out.write(bytes(HEADER_BYTES))
-            for spool in self._spools:
-                spool.drain(out, digest)
-            out.seek(0)
-            out.write(IndexHeader(self.eos, self.documents, self.sentences, self.tokens, digest.digest()).pack())
+        tokens, size = self._index.tokens, self._dtype
+
+        def header(root: bytes) -> bytes:
+            return TokensHeader(size.str, tokens, self.vocab_size, False, root).pack()
+
+        self._file.close(header)
+        self._index.close(self.eos)
         names = (f"{self.part}.tokens", f"{self.part}.index")
         return PartRecord(
             documents=self.documents,
@@ -84,16 +97,54 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Close and remove everything that was written."""
-        self._file.close()
-        (self.folder / f"{self.part}.tokens").unlink(missing_ok=True)
-        for spool in self._spools:
-            spool.remove()
+        self._file.abandon()
+        self._index.abandon()
 
     def _flush(self) -> None:
-        if not self._buffer:
+        if not self._held:
             return
-        ids = np.array(self._buffer, dtype=np.int64)
-        self._buffer.clear()
+        documents = np.array([len(document) for document in self._held], dtype=np.int64)
+        sentences = np.array([len(sentence) for document in self._held for sentence in document], dtype=np.int64)
+        ids = np.fromiter(
+            (token for document in self._held for sentence in document for token in sentence),
+            dtype=np.int64,
+            count=self._held_tokens,
+        )
+        self._held, self._held_tokens = [], 0
+        self._write(ids, sentences, documents)
+
+    def _write(self, ids: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> None:
+        if (
+            ids.ndim != 1
+            or ids.dtype.kind not in "iu"
+            or (len(sentences) and int(sentences.min()) < 0)
+            or (len(documents) and int(documents.min()) < 0)
+            or int(sentences.sum()) != len(ids)
+            or int(documents.sum()) != len(sentences)
+        ):
+            raise ValueError(
+                f"{ids.dtype} ids of shape {ids.shape}, sentences of {int(sentences.sum())} tokens, documents of "
+                f"{int(documents.sum())} sentences of {len(sentences)}: these do not fit together"
+            )
+        if not len(ids):
+            return
+        self._check(ids)
+        # Documents' ends in sentences and tokens, before empty ones are dropped.
+        token_ends = np.concatenate(([0], np.cumsum(sentences)))
+        document_ends = token_ends[np.concatenate(([0], np.cumsum(documents)))]
+        lengths = np.diff(document_ends)
+        owner = np.repeat(np.arange(len(documents)), documents)[sentences > 0]
+        kept = lengths > 0
+        counts = np.bincount(owner, minlength=len(documents))[kept]
+        extra = 0 if self.eos is None else 1
+        place = np.cumsum(kept) - 1
+        starts = token_ends[:-1][sentences > 0] + extra * place[owner]
+        if self.eos is not None:
+            ids = np.insert(ids.astype(self._dtype, copy=False), document_ends[1:][kept], self.eos)
+        self._index.append(lengths[kept] + extra, counts, starts)
+        self._file.write(np.ascontiguousarray(ids, dtype=self._dtype).data.cast("B"))
+
+    def _check(self, ids: np.ndarray) -> None:
         lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= self.vocab_size:
             wrong = lowest if lowest < 0 else highest
@@ -101,7 +152,70 @@ class PartWriter:
                 f"the tokenizer returned id {wrong}, outside its vocabulary of {self.vocab_size}; "
                 "this is a fault of its plugin"
             )
-        self._file.write(ids.astype(self._dtype).tobytes())
+
+
+class IndexWriter:
+    """``PART.index`` in an existing folder."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self._path = folder / f"{part}.index"
+        self.tokens = self.documents = self.sentences = 0
+        self._spools = [_Spool(folder / f"{part}.index.{name}") for name in ("documents", "firsts", "sentences")]
+
+    def append(self, lengths: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
+        """More documents, all int64: (documents,) tokens of each, (documents,) sentences of each, and (sentences,)
+        token offset of each sentence from the first of these documents. Nothing is empty."""
+        documents, firsts, sentences = self._spools
+        documents.append(self.tokens + np.cumsum(lengths) - lengths)
+        firsts.append(self.sentences + np.cumsum(counts) - counts)
+        sentences.append(self.tokens + starts)
+        self.documents += len(lengths)
+        self.sentences += len(starts)
+        self.tokens += int(lengths.sum())
+
+    def close(self, eos: int | None) -> None:
+        """Join the arrays and complete the file. ``eos`` ends every document, where there is one."""
+        for spool, end in zip(self._spools, (self.tokens, self.sentences, self.tokens), strict=True):
+            spool.append(np.array([end], dtype=np.int64))
+        file = PagedFile(self._path)
+        for spool in self._spools:
+            spool.drain(file)
+        file.close(lambda root: IndexHeader(eos, self.documents, self.sentences, self.tokens, root).pack())
+
+    def abandon(self) -> None:
+        """Remove everything that was written."""
+        for spool in self._spools:
+            spool.remove()
+
+
+class PagedFile:
+    """A file of the store: a page for the header, pages of data, and the checksum pages, which are made on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "wb")  # noqa: SIM115  # closed by close() or abandon()
+        self._file.write(bytes(HEADER_BYTES))
+        self.checksums = Checksums(path.parent)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the data."""
+        self.checksums.feed(data)
+        self._file.write(data)
+
+    def close(self, header: Callable[[bytes], bytes]) -> None:
+        """Complete the file; ``header`` makes the header page from the root."""
+        if short := -self._file.tell() % PAGE_BYTES:
+            self.write(bytes(short))
+        root = self.checksums.write(self._file)
+        self._file.seek(0)
+        self._file.write(header(root))
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close and remove the file."""
+        self.checksums.close()
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
 
 class _Spool:
@@ -110,23 +224,14 @@ class _Spool:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "w+b")  # noqa: SIM115  # closed by remove()
-        self._buffer: list[int] = []
 
-    def append(self, value: int) -> None:
-        self._buffer.append(value)
-        if len(self._buffer) >= _FLUSH:
-            self._flush()
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(values.astype("<i8").tobytes())
 
-    def _flush(self) -> None:
-        self._file.write(np.array(self._buffer, dtype="<i8").tobytes())
-        self._buffer.clear()
-
-    def drain(self, out: BinaryIO, digest: hashlib.blake2b) -> None:
-        """Copy the array to ``out``, feed ``digest``, and remove the file."""
-        self._flush()
+    def drain(self, out: PagedFile) -> None:
+        """Copy the array to ``out`` and remove the file."""
         self._file.seek(0)
         while chunk := self._file.read(_COPY_BYTES):
-            digest.update(chunk)
             out.write(chunk)
         self.remove()
 
@@ -136,7 +241,15 @@ class _Spool:
 
 
 def record_file(path: Path) -> FileRecord:
-    """Size and hash of a file, read in constant memory."""
+    """Size, hash and seal of a file, read in constant memory."""
+    with open(path, "rb") as file:
+        seal = seal_of(file.read(HEADER_BYTES))
+    size, sha256 = hash_file(path)
+    return FileRecord(bytes=size, sha256=sha256, seal=seal)
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """(bytes, hex SHA-256) of a file, read in constant memory."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(bytes=path.stat().st_size, sha256=digest)
+        return file.tell(), digest

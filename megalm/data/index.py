@@ -1,0 +1,85 @@
+"""An int64 array of the index, read where it lies: single entries and binary search, never the whole.
+
+The arrays rise, so an item's bounds are two neighbours, and the item that holds a position is found by bisection. The
+first steps of every search touch the same pages, which stay known; a search among two million documents checks a dozen
+pages when they are new.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megalm.data.format import PAGE_BYTES
+from megalm.data.pages import CheckedPages
+from megalm.errors import DataError
+
+_ENTRIES = PAGE_BYTES // 8
+
+
+class IndexArray:
+    """``count`` rising entries, the first at byte ``start`` of the data of ``pages``."""
+
+    def __init__(self, pages: CheckedPages, start: int, count: int, what: str) -> None:
+        """``what`` names the array's entries in messages."""
+        self._pages = pages
+        self._start = start
+        self._values = np.frombuffer(pages.view, dtype="<i8", count=count, offset=start)
+        self._what = what
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def pair(self, index: int, limit: int) -> tuple[int, int]:
+        """Entries ``index`` and ``index + 1``. DataError unless 0 <= the first < the second <= ``limit``."""
+        at = self._start + 8 * index
+        self._pages.check(at, at + 16)
+        first, second = int(self._values[index]), int(self._values[index + 1])
+        if not 0 <= first < second <= limit:
+            raise DataError(
+                f"{self._pages.path}: the {self._what} at offset {self._pages.file_offset(at)} are {first} and "
+                f"{second}, but they must rise, up to {limit}; {self._pages.remedy}"
+            )
+        return first, second
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop): int64, a view that must not be kept."""
+        at = self._start + 8 * start
+        self._pages.check(at, self._start + 8 * stop)
+        return self._values[start:stop]
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Entries at rising ``indices``: (indices,) int64. Checks everything from the first to the last of them."""
+        found: np.ndarray = self.between(int(indices[0]), int(indices[-1]) + 1)[indices - indices[0]]
+        return found
+
+    def find(self, value: int) -> int:
+        """How many entries are <= ``value``: bisection to the right."""
+        low, high = 0, len(self._values)
+        self._pages.check(self._start, self._start)
+        while high - low > _ENTRIES:
+            middle = (low + high) // 2
+            at = self._start + 8 * middle
+            self._pages.check_again(at, at + 8)
+            if int(self._values[middle]) <= value:
+                low = middle + 1
+            else:
+                high = middle
+        self._pages.check_again(self._start + 8 * low, self._start + 8 * high)
+        return low + int(np.searchsorted(self._values[low:high], np.int64(value), side="right"))
+
+    def check_rises(self, end: int, step: int = 1 << 17) -> None:
+        """DataError, with the offset, unless the entries rise strictly from 0 to ``end``. Reads everything."""
+        last = len(self) - 1
+        for start in range(0, len(self), step):
+            values = self.between(start, min(start + step + 1, len(self)))
+            wrong = np.flatnonzero(values[1:] <= values[:-1]) + 1
+            if start == 0 and values[0] != 0:
+                wrong = np.zeros(1, dtype=np.int64)
+            elif not len(wrong) and start + len(values) > last and values[-1] != end:
+                wrong = np.array([len(values) - 1])
+            if len(wrong):
+                at = start + int(wrong[0])
+                raise DataError(
+                    f"{self._pages.path}: offset {self._pages.file_offset(self._start + 8 * at)} holds "
+                    f"{values[wrong[0]]}, but the {self._what} must rise from 0 to {end}; {self._pages.remedy}"
+                )
