@@ -112,6 +112,12 @@ class Manifest(Settings):
         if not os.path.isfile(path):  # unlike Path.is_file, not troubled by names that are too long
             there = "is not a folder" if os.path.exists(folder) else "is missing"
             what = "has no manifest.json" if os.path.isdir(folder) else there
+            prefix = str(folder).removesuffix(".bin").removesuffix(".idx")
+            if os.path.isfile(prefix + ".idx"):
+                raise DataError(
+                    f"{folder}: a dataset of Megatron-LM, which does not say what tokenizer made it; make a store over "
+                    f"it with: megalm data import-megatron {prefix} --tokenizer SPEC --out DIR"
+                )
             raise DataError(f"{folder}: no token store here, it {what}; write one with: megalm data prepare")
         try:
             content = json.loads(path.read_bytes().decode("utf-8"))

@@ -123,7 +123,8 @@ def _remarks(made: dict[str, Linked], tokenizer: Tokenizer) -> list[str]:
 
 def _source(dataset: IndexedDataset) -> SourceRecord:
     size, sha256 = hash_file(dataset.idx_path)
-    return SourceRecord(path=_text(dataset.idx_path), bytes=size, sha256=sha256, documents=dataset.num_documents)
+    path = os.fsencode(dataset.idx_path).decode("utf-8", errors="backslashreplace")
+    return SourceRecord(path=path, bytes=size, sha256=sha256, documents=dataset.num_documents)
 
 
 def _text(path: Path) -> str:

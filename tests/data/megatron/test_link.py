@@ -197,6 +197,13 @@ def test_changes_of_the_dataset_are_refused(tmp_path, write_dataset, campaign_se
     TokenStore.open(tmp_path / "s", "train").verify()
 
 
+def test_the_dataset_itself_is_no_store_and_the_way_there_is_named(tmp_path, write_dataset):
+    prefix = write_dataset(tmp_path / "d", [[[1, 2]]])
+    for name in (prefix, f"{prefix}.bin", f"{prefix}.idx"):
+        with pytest.raises(DataError, match=rf"megalm data import-megatron {prefix} --tokenizer SPEC"):
+            TokenStore.open(name, "train")
+
+
 def test_identity_does_not_depend_on_the_place(tmp_path, write_dataset):
     prefix = write_dataset(tmp_path / "d", [[[1, 2]], [[3]]])
     one, _ = _import(prefix, tmp_path / "s")
