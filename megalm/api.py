@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalm.config.settings import Settings
+    from megalm.data.pack import Piece, packed_row, packed_rows
     from megalm.errors import (
         CheckpointError,
         ConfigError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "megalm.config.settings": ("Settings",),
+    "megalm.data.pack": ("Piece", "packed_row", "packed_rows"),
     "megalm.errors": (
         "CheckpointError",
         "ConfigError",
@@ -140,6 +142,7 @@ __all__ = [
     "Objective",
     "ObjectiveEnv",
     "OptimizerPlugin",
+    "Piece",
     "PipelineOrder",
     "PipelineSchedule",
     "PipelineShape",
@@ -159,6 +162,8 @@ __all__ = [
     "loop_placement",
     "order_from_csv",
     "order_to_csv",
+    "packed_row",
+    "packed_rows",
     "v_placement",
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from megalm.config.settings import Settings
 
@@ -151,11 +151,57 @@ class ModelConfig(Settings):
     """Divide init_std of the projections that write to the residual stream by sqrt(2 * layers) (GPT-2)."""
 
 
+class BlendEntry(Settings):
+    """One folder of a blend."""
+
+    path: Folder
+    """Folder written by ``megalm data prepare``."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the samples, in proportion to the others' weights. Without weights each counts by its samples."""
+    epochs: int = Field(default=1, ge=0)
+    """How often its samples may be seen; a run that needs more is refused. 0: as often as it takes (upsampling)."""
+
+
 class DataConfig(Settings):
     """What to train and evaluate on."""
 
-    path: Folder
-    """Folder written by ``megalm data prepare``; its train and validation parts are used."""
+    blend: list[BlendEntry] = Field(default_factory=list)
+    """Several folders instead of ``path``, each with its share of the samples. After every sample each has had its
+    share to within one. Evaluation blends the validation parts alike."""
+    path: Folder | None = Field(default=None, validate_default=True)
+    """Folder written by ``megalm data prepare``; its train and validation parts are used. Needed without ``blend``."""
+    epochs: int = Field(default=0, ge=0)
+    """How often the samples of ``path`` may be seen; a run that needs more is refused. 0: as often as it takes."""
+    packing: bool = False
+    """Fill rows with whole documents as far as they go in, and keep the documents of a row apart: none attends to
+    another, positions begin anew. For objectives that can (causal_lm, mlm)."""
+    packing_window: int = Field(default=32, ge=1, le=1 << 16)
+    """Rows that are packed together: more of them cut fewer documents, and each sample takes longer to find."""
+    workers: int = Field(default=1, ge=0, le=64)
+    """Threads that build rows ahead of their use; 0: none. They change no row."""
+
+    @field_validator("path")
+    @classmethod
+    def _either(cls, path: str | None, info: ValidationInfo) -> str | None:
+        blend = info.data.get("blend")
+        if path is None and blend == []:
+            raise ValueError("required key is missing; add it (text) under [data], or several folders as data.blend")
+        if path is not None and blend:
+            raise ValueError("one store and data.blend exclude each other; put it into data.blend with a weight")
+        return path
+
+    @model_validator(mode="after")
+    def _blend(self) -> DataConfig:
+        if self.blend and self.epochs:
+            raise ValueError("epochs is for data.path; each table of data.blend has an epochs of its own")
+        if len({entry.weight is None for entry in self.blend}) > 1:
+            raise ValueError("blend: give all a weight, or none (then each counts by its samples)")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folders, one or several."""
+        return tuple(entry.path for entry in self.blend) if self.path is None else (self.path,)
 
 
 class TrainConfig(Settings):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
+
 from megalm.native.helpers import helpers
 
 _ROUNDS = 8
@@ -54,11 +56,31 @@ class Permutation:
             value = self._encipher(value)
         return value
 
+    def many(self, indices: np.ndarray) -> np.ndarray:
+        """The images of whole numbers, int64 (any length), at a fraction of the time each; IndexError outside of
+        range(n)."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= self.n):
+            raise IndexError(f"items from {indices.min()} to {indices.max()} of a permutation of {self.n}")
+        values = self._encipher_many(indices.astype(np.uint64))
+        outside = np.flatnonzero(values >= np.uint64(self.n))
+        while outside.size:
+            again = self._encipher_many(values[outside])
+            values[outside] = again
+            outside = outside[again >= np.uint64(self.n)]
+        return values.astype(np.int64)
+
     def _encipher(self, value: int) -> int:
         left, right = value >> self._half, value & self._low
         for key in self._keys:
             left, right = right, left ^ (_mix(right ^ key) >> (64 - self._half))
         return left << self._half | right
+
+    def _encipher_many(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> np.uint64(self._half), values & np.uint64(self._low)
+        for key in self._keys:
+            left, right = right, left ^ (_mix_many(right ^ np.uint64(key)) >> np.uint64(64 - self._half))
+        return left << np.uint64(self._half) | right
 
 
 def _mix(x: int) -> int:
@@ -66,3 +88,11 @@ def _mix(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
     return x ^ x >> 31
+
+
+def _mix_many(x: np.ndarray) -> np.ndarray:
+    """The same for uint64 arrays, whose products wrap as the mask has them wrap."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    out: np.ndarray = x ^ x >> np.uint64(31)
+    return out

@@ -6,6 +6,8 @@ samples already consumed.
 
 from __future__ import annotations
 
+import numpy as np
+
 from megalm.data.permutation import Permutation
 
 
@@ -29,6 +31,18 @@ class SampleOrder:
             raise IndexError(f"place {global_index} of the sample order")
         epoch, index = divmod(global_index, self.num_samples)
         return epoch, self._permutation(epoch)(index) if self.shuffle else index
+
+    def many(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same for many places: (epochs, samples), int64 like ``places``."""
+        places = np.asarray(places, dtype=np.int64)
+        if places.size and int(places.min()) < 0:
+            raise IndexError(f"place {places.min()} of the sample order")
+        epochs, samples = np.divmod(places, self.num_samples)
+        if self.shuffle:
+            for epoch in np.unique(epochs).tolist():
+                here = epochs == epoch
+                samples[here] = self._permutation(epoch).many(samples[here])
+        return epochs, samples
 
     def _permutation(self, epoch: int) -> Permutation:
         """A batch touches one epoch or two: keep the last few."""

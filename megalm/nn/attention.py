@@ -13,7 +13,7 @@ from torch import nn
 
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from megalm.nn.microbatch import Microbatch
-from megalm.ops.attention import attention, attention_with_dropout
+from megalm.ops.attention import attention, attention_with_dropout, document_attention
 from megalm.ops.kernels import Kernels
 from megalm.ops.rope import rope_angles
 from megalm.parallel.layout import Init, covering_ranges, even_ranges, scale_ranges
@@ -83,10 +83,26 @@ class Attention(nn.Module):
             qk, v = qkv.split((n + m, m), dim=2)
             positions = torch.arange(batch.length, device=qk.device)
             angles = rope_angles(positions, self.head_dim, self.rope_theta, qk.dtype)
-            q, k = self.kernels.rope(qk, *angles).split((n, m), dim=2)
+            own = None if batch.documents is None else batch.documents.positions
+            q, k = self.kernels.rope(qk, *angles, positions=own).split((n, m), dim=2)
         q_BNSD, k_BNSD, v_BNSD = q.transpose(1, 2), self._spread(k), self._spread(v)
         mask = batch.tensors.get("attention_mask")
-        if self.dropout and batch.full_address is not None:
+        if batch.documents is not None:
+            mixed = document_attention(
+                q_BNSD,
+                k_BNSD,
+                v_BNSD,
+                batch.documents.bounds,
+                batch.documents.starts,
+                causal=self.causal,
+                mask_BS=mask,
+                p=self.dropout,
+                address=batch.full_address,
+                site=self.site,
+                first_head=self.first_head,
+                kernels=self.kernels,
+            )
+        elif self.dropout and batch.full_address is not None:
             mixed = attention_with_dropout(
                 q_BNSD,
                 k_BNSD,

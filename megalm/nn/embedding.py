@@ -52,7 +52,10 @@ class PositionEmbedding(ParallelModule):
         self.weight = self.declare_whole("weight", (positions, width), init, parallel.token_partial)
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
-        """Add its position's vector to each of this rank's tokens."""
+        """Add its position's vector to each of this rank's tokens; positions count from each document's start."""
+        if batch.documents is not None:
+            own = batch.documents.positions.reshape(-1)[slice(*batch.shard)]
+            return x_TH + F.embedding(own, self.weight)
         if x_TH.shape[0] == batch.rows * batch.length:
             whole = x_TH.view(batch.rows, batch.length, -1) + self.weight[: batch.length]
             return whole.view_as(x_TH)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalm.errors import ObjectiveError
+from megalm.nn.documents import Documents, find_documents
 from megalm.ops.dropout import DropoutAddress, row_spans
 from megalm.ops.kernels import Kernels
 from megalm.parallel.collectives import token_shard
@@ -28,6 +29,8 @@ class Microbatch:
     """Where those tokens draw their dropout; none in evaluation."""
     full_address: DropoutAddress | None
     """The same for all tokens."""
+    documents: Documents | None = None
+    """What attends to what, and the positions, where rows hold several documents."""
 
     def drops(self, p: float) -> bool:
         """Whether dropout of this probability does anything: not in evaluation."""
@@ -86,4 +89,6 @@ def make_microbatch(
             raise ObjectiveError(f"{rows} rows for {len(slots)} samples; each sample must give the same number of rows")
         address = DropoutAddress(seed, step, row_spans(slots, length, *shard, views=views))
         full = DropoutAddress(seed, step, row_spans(slots, length, 0, rows * length, views=views))
-    return Microbatch(tensors, rows, length, shard, address, full)
+    numbers = tensors.get("documents")
+    documents = None if numbers is None else find_documents(numbers)
+    return Microbatch(tensors, rows, length, shard, address, full, documents)

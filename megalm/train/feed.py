@@ -2,18 +2,29 @@
 
 Slot s of a step holds sample number step * global_batch + s of the run's order. It belongs to microbatch m, rank d and
 row i with s = (m * dp + d) * micro_batch + i, so that accumulation and data parallelism only regroup the same slots.
+
+Threads may build the next microbatches while the present ones are computed. What they run neither communicates nor
+keeps anything, so neither their number nor who builds what changes a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from megalm.data.blend import Blend, BlendOrder
+from megalm.data.loader import Loader
 from megalm.data.sampler import SampleOrder
 from megalm.plugin.contract.objective import Batch, Corpus
 from megalm.train.objective import TrainingObjective
+
+Address = tuple[int | str, ...]
+Sample = tuple[Corpus, int, Address]
+"""A corpus, the number of a sample in it, and the address of its draws but for that number."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,59 @@ class Rows:
 
     batch: Batch
     slots: tuple[int, ...]
+    pinned: dict[str, torch.Tensor] | None = None
+    """The batch in memory from which a device copies by itself."""
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The batch on the device."""
+        if self.pinned is not None and device.type == "cuda":
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in self.pinned.items()}
         return {name: torch.from_numpy(array).to(device) for name, array in self.batch.items()}
+
+    def pin(self) -> Rows:
+        """The same with a pinned copy."""
+        pinned = {name: torch.from_numpy(array).pin_memory() for name, array in self.batch.items()}
+        return Rows(self.batch, self.slots, pinned)
+
+
+class _Samples:
+    """The samples at places of the run's order, of one corpus or of a blend; from any thread."""
+
+    def __init__(
+        self, objective: TrainingObjective, corpus: Corpus | Blend, seed: int, split: str, *, shuffle: bool
+    ) -> None:
+        self._seed = seed
+        self._split = split
+        self._lock = threading.Lock()
+        self._corpora: Sequence[Corpus] = corpus.corpora if isinstance(corpus, Blend) else (corpus,)
+        sizes = [objective.num_samples(each) for each in self._corpora]
+        self._one: SampleOrder | None = None
+        self._blend: BlendOrder | None = None
+        self.once: int
+        """So many places from 0 on show no sample twice."""
+        if isinstance(corpus, Blend):
+            turns = corpus.turns(sizes)
+            self._blend = BlendOrder(seed, sizes, turns, shuffle=shuffle)
+            self.once = min(turns.lasting(i, size) for i, size in enumerate(sizes))
+        else:
+            self._one = SampleOrder(seed, sizes[0], shuffle=shuffle)
+            self.once = sizes[0]
+
+    def at(self, places: np.ndarray) -> Iterator[Sample]:
+        """Those at ``places``, int64 from 0, in their order."""
+        if self._blend is not None:
+            with self._lock:
+                found = self._blend.many(places)
+            for corpus, epoch, sample in zip(*(each.tolist() for each in found), strict=True):
+                yield self._corpora[corpus], sample, (self._seed, f"{self._split} {corpus}", epoch)
+            return
+        assert self._one is not None
+        for epoch, sample in zip(*(each.tolist() for each in self._one.many(places)), strict=True):
+            yield self._corpora[0], sample, (self._seed, self._split, epoch)
+
+
+def _collate(objective: TrainingObjective, samples: _Samples, places: np.ndarray) -> Batch:
+    return objective.collate([objective.build(sample, corpus, at) for corpus, sample, at in samples.at(places)])
 
 
 class TrainFeed:
@@ -34,40 +94,59 @@ class TrainFeed:
     def __init__(
         self,
         objective: TrainingObjective,
-        corpus: Corpus,
+        corpus: Corpus | Blend,
         *,
         seed: int,
         global_batch: int,
         micro_batch: int,
         dp_index: int,
         dp_size: int,
+        workers: int = 0,
+        pin: bool = False,
     ) -> None:
-        self._objective = objective
-        self._corpus = corpus
-        self._seed = seed
-        self._order = SampleOrder(seed, objective.num_samples(corpus))
-        self._global_batch = global_batch
-        self._micro_batch = micro_batch
-        self._dp_index = dp_index
-        self._dp_size = dp_size
+        """``workers``: threads that build ahead, as many microbatches as a step has and one each; :meth:`close` ends
+        them. ``pin``: for a device that copies from pinned memory."""
+        self._microbatches = global_batch // (micro_batch * dp_size)
+        samples = _Samples(objective, corpus, seed, "train", shuffle=True)
+        build = _builder(objective, samples, self._microbatches, global_batch, micro_batch, dp_index, dp_size, pin)
+        self._loader = Loader(build, workers=workers, ahead=self._microbatches + workers)
 
     def step(self, step: int) -> list[Rows]:
-        """The microbatches of a step, the first step being 0."""
-        out = []
-        for m in range(self._global_batch // (self._micro_batch * self._dp_size)):
-            first = (m * self._dp_size + self._dp_index) * self._micro_batch
-            slots = tuple(range(first, first + self._micro_batch))
-            examples = []
-            for slot in slots:
-                epoch, sample = self._order.at(step * self._global_batch + slot)
-                examples.append(self._objective.build(sample, self._corpus, (self._seed, "train", epoch)))
-            out.append(Rows(self._objective.collate(examples), slots))
-        return out
+        """The microbatches of a step, the first step being 0. Quick for the step after the one asked for before."""
+        first = step * self._microbatches
+        return [self._loader.take(number) for number in range(first, first + self._microbatches)]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._loader.close()
+
+
+def _builder(
+    objective: TrainingObjective,
+    samples: _Samples,
+    microbatches: int,
+    global_batch: int,
+    micro_batch: int,
+    dp_index: int,
+    dp_size: int,
+    pin: bool,
+) -> Callable[[int], Rows]:
+    """Microbatches numbered through the run. It does not hold the feed, so that a feed that is let go ends its
+    threads."""
+
+    def build(number: int) -> Rows:
+        step, m = divmod(number, microbatches)
+        first = (m * dp_size + dp_index) * micro_batch
+        slots = np.arange(first, first + micro_batch)
+        rows = Rows(_collate(objective, samples, step * global_batch + slots), tuple(slots.tolist()))
+        return rows.pin() if pin else rows
+
+    return build
 
 
 def evaluation_rows(
     objective: TrainingObjective,
-    corpus: Corpus,
+    corpus: Corpus | Blend,
     *,
     seed: int,
     samples: int,
@@ -77,12 +156,12 @@ def evaluation_rows(
     cell: int | None = None,
 ) -> Iterator[Rows]:
     """The first ``samples`` rows of the corpus in its own order, divided among data-parallel ranks; only whole cells,
-    where rows are coupled.
+    where rows are coupled. Of a blend, those of the training's proportions, as far as no corpus comes to its end.
     """
-    total = min(samples, objective.num_samples(corpus))
+    found = _Samples(objective, corpus, seed, "validation", shuffle=False)
+    total = min(samples, found.once)
     if cell is not None:
         total -= total % cell
     for first in range(dp_index * micro_batch, total, dp_size * micro_batch):
-        rows = range(first, min(first + micro_batch, total))
-        examples = [objective.build(sample, corpus, (seed, "validation", 0)) for sample in rows]
-        yield Rows(objective.collate(examples), tuple(rows))
+        places = np.arange(first, min(first + micro_batch, total))
+        yield Rows(_collate(objective, found, places), tuple(places.tolist()))

@@ -209,4 +209,6 @@ def build_objective(resolved: Resolved, manager: PluginManager, env: ObjectiveEn
     for (section, key), component in resolved.components.items():
         if section == "objective":
             parts[component.name] = manager.load_component(component)(resolved.sections[section, key], env)
+    if env.packing and (cannot := [name for name, part in parts.items() if not part.packs]):
+        raise ConfigError([f"data.packing: {' and '.join(cannot)} cannot pack documents into rows; leave it out"])
     return TrainingObjective(parts, env.tokenizer.vocab_size)

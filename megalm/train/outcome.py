@@ -10,6 +10,7 @@ from megalm.checkpoint.folders import complete_checkpoints
 from megalm.checkpoint.load import weights_sha256
 from megalm.checkpoint.manifest import read_manifest
 from megalm.data.ngram import baselines
+from megalm.data.store import TokenStore
 from megalm.metrics import jsonl
 from megalm.metrics.console import ConsoleLike
 from megalm.metrics.report import NAME as REPORT
@@ -68,6 +69,8 @@ def write_outcome(prepared: Prepared, step: int, facts: dict[str, Any], sample: 
         **facts,
     }
     if config.eval.baselines:
+        assert isinstance(prepared.train, TokenStore), "baselines of a blend were refused"
+        assert isinstance(prepared.validation, TokenStore), "baselines of a blend were refused"
         fitted = baselines(prepared.train, prepared.validation, prepared.tokenizer.vocab_size)
         summary["baselines"] = {"unigram": fitted.unigram, "bigram": fitted.bigram}
     if sample is not None:

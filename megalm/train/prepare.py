@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.load import Resolved
+from megalm.config.schema import DataConfig
+from megalm.data.blend import Blend
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
 from megalm.errors import ConfigError, DataError, LayoutError, PluginError, ScheduleError
@@ -41,8 +43,8 @@ class Prepared:
     pipeline: Pipeline
     kernels: tuple[Decision, ...]
     """What each operation of the model is computed by; none where nothing is going to be computed."""
-    train: TokenStore
-    validation: TokenStore
+    train: TokenStore | Blend
+    validation: TokenStore | Blend
     optimizer: type[OptimizerPlugin]
     optimizer_settings: Any
     schedule: LRSchedule
@@ -55,9 +57,17 @@ class Prepared:
 
     @property
     def data_identity(self) -> str:
-        """Hex SHA-256 over the hashes of the token files."""
-        parts = {name: part.model_dump() for name, part in sorted(self.train.manifest.parts.items())}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        """Hex SHA-256 over the hashes of the token files, and over what else decides which samples come when."""
+        found: list[Any] = [
+            {name: part.model_dump() for name, part in sorted(store.manifest.parts.items())}
+            for store in stores_of(self.train)
+        ]
+        data = self.resolved.config.data
+        how: list[Any] = [] if data.path is not None else [[entry.weight for entry in data.blend]]
+        if data.packing:
+            how.append({"packing_window": data.packing_window})
+        content = [*found, *how] if how else found[0]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def order_identity(self) -> str:
@@ -87,19 +97,27 @@ def prepare_run(
     wrong with one kind of thing.
     """
     config = resolved.config
-    data = Path(config.data.path)
-    train, validation = TokenStore.open(data, "train"), TokenStore.open(data, "validation")
-    _, tokenizer = load_tokenizer(data / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
-    train.check_tokenizer(tokenizer)
-    env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length)
+    train, validation = _open(config.data, "train"), _open(config.data, "validation")
+    first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
+    _, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
+    for store in stores_of(train):
+        store.check_tokenizer(tokenizer)
+    packing = config.data.packing_window if config.data.packing else 0
+    env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length, packing=packing)
     objective = build_objective(resolved, manager, env)
     for part, corpus in (("training", train), ("validation", validation)):
-        objective.check_corpus(corpus)
-        if config.train.cell is not None and objective.num_samples(corpus) < config.train.cell:
-            raise DataError(
-                f"{data}: the {part} part gives {objective.name} {objective.num_samples(corpus)} samples, fewer than "
-                f"train.cell = {config.train.cell}"
-            )
+        for store in stores_of(corpus):
+            objective.check_corpus(store)
+            if config.train.cell is not None and objective.num_samples(store) < config.train.cell:
+                raise DataError(
+                    f"{store.folder}: the {part} part gives {objective.name} {objective.num_samples(store)} samples, "
+                    f"fewer than train.cell = {config.train.cell}"
+                )
+    _check_lasts(config.data, objective, train, config.train.steps, config.train.global_batch)
+    if config.eval.baselines and isinstance(train, Blend):
+        raise ConfigError(
+            ["eval.baselines fits one corpus, and data.blend names several; use megalm data baselines for each"]
+        )
     if config.eval.baselines and objective.needs.attention != "causal":
         raise ConfigError(
             [f"eval.baselines compares next-token models with the loss, which {objective.name} does not measure"]
@@ -156,6 +174,36 @@ def prepare_run(
 def verify_data(prepared: Prepared) -> None:
     """DataError where a small corpus was altered. Readers check every page when they touch it, but here a damage shows
     before the launch."""
-    for store in (prepared.train, prepared.validation):
+    for store in (*stores_of(prepared.train), *stores_of(prepared.validation)):
         if store.data_bytes <= CHECKED_BYTES:
             store.check()
+
+
+def stores_of(corpus: TokenStore | Blend) -> tuple[TokenStore, ...]:
+    """The token stores, one or several."""
+    return corpus.corpora if isinstance(corpus, Blend) else (corpus,)
+
+
+def _open(data: DataConfig, part: str) -> TokenStore | Blend:
+    if data.path is not None:
+        return TokenStore.open(data.path, part)
+    weights = tuple(entry.weight for entry in data.blend if entry.weight is not None)
+    stores = tuple(TokenStore.open(entry.path, part) for entry in data.blend)
+    return Blend(stores, weights or None, tuple(entry.epochs for entry in data.blend))
+
+
+def _check_lasts(
+    data: DataConfig, objective: TrainingObjective, train: TokenStore | Blend, steps: int, global_batch: int
+) -> None:
+    """DataError where the run would see a corpus more often than was said."""
+    needed = steps * global_batch
+    if isinstance(train, Blend):
+        train.check_lasts([objective.num_samples(store) for store in train.corpora], needed, global_batch)
+        return
+    size = objective.num_samples(train)
+    if data.epochs and needed > data.epochs * size:
+        raise DataError(
+            f"data.path: {train.folder} runs out after step {data.epochs * size // global_batch}: it has {size} "
+            f"samples and data.epochs = {data.epochs}, but the run takes {needed}. Set data.epochs = "
+            f"{-(-needed // size)} (0: as often as it takes), or lower train.steps"
+        )

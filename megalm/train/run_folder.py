@@ -32,7 +32,8 @@ SAMPLE = "sample.txt"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
 FREE_KEYS = {
-    *("run.dir", "run.allow_changed_config", "launch.collective_timeout", "checkpoint.keep", "checkpoint.load"),
+    *("run.dir", "run.allow_changed_config", "launch.collective_timeout", "data.workers"),
+    *("checkpoint.keep", "checkpoint.load"),
     *("log.every", "log.callbacks", "sample.prompt", "sample.tokens", "sample.temperature", "sample.top_k"),
 }
 """Keys whose change does not change the run: where it lies, what it shows, what it keeps."""

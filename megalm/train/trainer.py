@@ -62,6 +62,8 @@ class Trainer:
             micro_batch=self.config.train.micro_batch,
             dp_index=parallel.dp.index,
             dp_size=parallel.dp.size,
+            workers=self.config.data.workers,
+            pin=parallel.device.type == "cuda",
         )
         self.metrics = MetricsFile(prepared.run_dir / METRICS)
         self.recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir, self._warn)
@@ -74,6 +76,7 @@ class Trainer:
         try:
             self._run(lock)
         finally:
+            self.feed.close()
             lock.release()
 
     def _run(self, lock: RunLock) -> None:
@@ -310,11 +313,13 @@ class Trainer:
         layout = f"tp {parallel.tp.size}{' + sp' * parallel.sp}, dp {parallel.dp.size} on {parallel.device}"
         if parallel.pp.size > 1:
             layout = f"pp {parallel.pp.size} ({pipeline.name}, {len(pipeline.stages)} stages), {layout}"
+        paths = self.config.data.paths
+        shown = paths if len(paths) < 4 else (*paths[:2], f"and {len(paths) - 2} more")
         return {
             "run": self.prepared.run_dir,
             "objective": self.objective.name,
             "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
             "layout": layout,
             "kernels": ", ".join(f"{d.operation} {d.implementation}" for d in self.prepared.kernels),
-            "data": f"{self.prepared.train.num_tokens:,} training tokens in {self.config.data.path}",
+            "data": f"{self.prepared.train.num_tokens:,} training tokens in {', '.join(shown)}",
         }

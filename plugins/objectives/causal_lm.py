@@ -20,6 +20,8 @@ from megalm.api import (
     Settings,
     TensorSpec,
     Term,
+    packed_row,
+    packed_rows,
 )
 
 if TYPE_CHECKING:
@@ -34,13 +36,20 @@ class CausalLMConfig(Settings):
 
 
 class CausalLM(Objective):
-    """Samples are windows of the token stream that follow each other; a label is the next token."""
+    """Samples are windows of the token stream that follow each other; a label is the next token.
 
+    With packing they are rows of documents, and a document's last token has no label.
+    """
+
+    packs = True
     Config = CausalLMConfig
     cfg: CausalLMConfig
 
     def needs(self) -> Needs:
-        return Needs("causal", {"tokens": TensorSpec(), "labels": TensorSpec(to="last")})
+        tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}
+        if self.env.packing:
+            tensors["documents"] = TensorSpec(to="all")
+        return Needs("causal", tensors)
 
     def weights(self) -> Mapping[str, float]:
         return {"causal_lm": self.cfg.weight}
@@ -53,15 +62,29 @@ class CausalLM(Objective):
             )
 
     def num_samples(self, corpus: Corpus) -> int:
-        return (corpus.num_tokens - 1) // self.env.sequence_length
+        length = self.env.sequence_length
+        return packed_rows(corpus, length) if self.env.packing else (corpus.num_tokens - 1) // length
 
     def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        if self.env.packing:
+            return self._packed(sample, corpus)
         start = sample * self.env.sequence_length
         window = corpus.stream(start, start + self.env.sequence_length + 1)
         return {"tokens": window[:-1], "labels": window[1:]}
 
+    def _packed(self, sample: int, corpus: Corpus) -> Example:
+        pieces = packed_row(corpus, sample, self.env.sequence_length, self.env.packing)
+        tokens, labels = [], []
+        for piece in pieces:
+            # A piece that its document goes on after has the next token as its last label.
+            text = corpus.stream(piece.start, piece.stop + (not piece.ends))
+            tokens.append(text[: piece.stop - piece.start])
+            labels.append(np.append(text[1:], IGNORE) if piece.ends else text[1:])
+        documents = np.repeat(np.arange(len(pieces)), [len(text) for text in tokens])
+        return {"tokens": np.concatenate(tokens), "labels": np.concatenate(labels), "documents": documents}
+
     def collate(self, examples: list[Example]) -> Batch:
-        return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
+        return {name: np.stack([example[name] for example in examples]) for name in self.needs().tensors}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"causal_lm": int((batch["labels"] != IGNORE).sum())}

@@ -26,6 +26,8 @@ from megalm.api import (
     Settings,
     TensorSpec,
     Term,
+    packed_row,
+    packed_rows,
 )
 
 if TYPE_CHECKING:
@@ -52,8 +54,12 @@ class MaskedLMConfig(Settings):
 
 
 class MaskedLM(Objective):
-    """Alone, samples are windows of the stream, between the cls and sep tokens where there are such."""
+    """Alone, samples are windows of the stream, between the cls and sep tokens where there are such.
 
+    With packing they are rows of documents, without cls and sep, which would have to be in each of them.
+    """
+
+    packs = True
     Config = MaskedLMConfig
     cfg: MaskedLMConfig
 
@@ -63,8 +69,8 @@ class MaskedLM(Objective):
         if special.mask is None:
             raise ConfigError(["train.objective: mlm needs a tokenizer with a mask token, and this one has none"])
         self._mask: int = special.mask
-        self._prefix = [] if special.cls is None else [special.cls]
-        self._suffix = [] if special.sep is None else [special.sep]
+        self._prefix = [] if special.cls is None or env.packing else [special.cls]
+        self._suffix = [] if special.sep is None or env.packing else [special.sep]
         self._special_ids = np.array(special.ids())
         self._ordinary = np.setdiff1d(np.arange(env.tokenizer.vocab_size), self._special_ids)
         self._window = env.sequence_length - len(self._prefix) - len(self._suffix)
@@ -72,7 +78,10 @@ class MaskedLM(Objective):
             raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves mlm no room for text"])
 
     def needs(self) -> Needs:
-        return Needs("bidirectional", {"tokens": TensorSpec(), "labels": TensorSpec(to="last")})
+        tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}
+        if self.env.packing:
+            tensors["documents"] = TensorSpec(to="all")
+        return Needs("bidirectional", tensors)
 
     def weights(self) -> Mapping[str, float]:
         return {"mlm": self.cfg.weight}
@@ -82,12 +91,21 @@ class MaskedLM(Objective):
             raise DataError(f"mlm needs at least {self._window} tokens, but the corpus has {corpus.num_tokens}")
 
     def num_samples(self, corpus: Corpus) -> int:
-        return corpus.num_tokens // self._window
+        return packed_rows(corpus, self._window) if self.env.packing else corpus.num_tokens // self._window
 
     def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        if self.env.packing:
+            return self._packed(sample, corpus, rng)
         text = corpus.stream(sample * self._window, (sample + 1) * self._window)
         tokens = np.concatenate((self._prefix, text, self._suffix)).astype(np.int64)
         return self.extend_example({"tokens": tokens, "special": np.isin(tokens, self._special_ids)}, rng)
+
+    def _packed(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        pieces = packed_row(corpus, sample, self._window, self.env.packing)
+        tokens = np.concatenate([corpus.stream(piece.start, piece.stop) for piece in pieces])
+        documents = np.repeat(np.arange(len(pieces)), [piece.stop - piece.start for piece in pieces])
+        example = {"tokens": tokens, "special": np.isin(tokens, self._special_ids), "documents": documents}
+        return self.extend_example(example, rng)
 
     def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -117,7 +135,7 @@ class MaskedLM(Objective):
         }
 
     def collate(self, examples: list[Example]) -> Batch:
-        return {name: np.stack([example[name] for example in examples]) for name in ("tokens", "labels")}
+        return {name: np.stack([example[name] for example in examples]) for name in self.needs().tensors}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"mlm": int((batch["labels"] != IGNORE).sum())}

@@ -65,9 +65,10 @@ class Needs:
     batch, which :meth:`LossContext.gather` brings together. A cell spans the data-parallel ranks: micro_batch * dp
     equals it.
 
-    Batch tensors with a meaning to the backbone: ``tokens``, ``token_types`` and ``attention_mask`` (bool, true where
-    a position may be attended to; leave it out where rows have no padding). ``lm_head`` asks for the vocabulary
-    projection.
+    Batch tensors with a meaning to the backbone: ``tokens``, ``token_types``, ``attention_mask`` (bool, true where
+    a position may be attended to; leave it out where rows have no padding) and ``documents`` (int64, to all stages:
+    positions of a row attend to each other only where they stand in one run of equal numbers, and positions count from
+    the run's start; leave it out where a row is one text). ``lm_head`` asks for the vocabulary projection.
     """
 
     attention: Attention
@@ -98,6 +99,9 @@ class ObjectiveEnv:
 
     tokenizer: Tokenizer
     sequence_length: int
+    packing: int = 0
+    """Rows are to hold whole documents kept apart (``packed_row``), so many rows packed together; 0: as the objective
+    likes. Only where :attr:`Objective.packs`."""
 
 
 class Corpus(Protocol):
@@ -209,6 +213,8 @@ class Objective(ABC):
 
     Config: ClassVar[type[Settings]] = Settings
     """Validated model of ``[objective.NAME]``."""
+    packs: ClassVar[bool] = False
+    """Can do as :attr:`ObjectiveEnv.packing` asks: rows of documents, numbered in the tensor ``documents``."""
     version: ClassVar[int] = 1
     """Raise on any change of meaning; stored in checkpoints and compared on resume."""
 

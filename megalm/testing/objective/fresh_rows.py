@@ -58,7 +58,7 @@ def main() -> None:
     job = json.loads(wanted)
     manager = PluginManager.for_launch(job["plugins"])
     resolved = load_config(Path(config), [], manager)
-    data, train = Path(resolved.config.data.path), resolved.config.train
+    data, train = Path(resolved.config.data.paths[0]), resolved.config.train
     _, tokenizer = load_tokenizer(data / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
     objective = build_objective(resolved, manager, ObjectiveEnv(tokenizer, train.sequence_length))
     corpus = TokenStore.open(data, "train")

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megalm.data.blend import Blend
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
 from megalm.model.spec import resolve_model
@@ -210,7 +211,9 @@ class ObjectiveSubject:
     @property
     def corpus(self) -> TokenStore:
         """The training part."""
-        return self.prepared().train
+        train = self.prepared().train
+        assert not isinstance(train, Blend), "a subject's run has one corpus"
+        return train
 
     @property
     def samples(self) -> int:
