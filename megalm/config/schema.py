@@ -185,7 +185,7 @@ class DataConfig(Settings):
     def _either(cls, path: str | None, info: ValidationInfo) -> str | None:
         blend = info.data.get("blend")
         if path is None and blend == []:
-            raise ValueError("required key is missing; add it (text) under [data], or several folders as data.blend")
+            raise ValueError("names no store; add path (text), or several as blend, under [data]")
         if path is not None and blend:
             raise ValueError("one store and data.blend exclude each other; put it into data.blend with a weight")
         return path

@@ -19,6 +19,9 @@ from megalm.data.sampler import SampleOrder
 from megalm.data.store import TokenStore
 from megalm.errors import ConfigError, DataError
 
+_FEW = 16
+"""Samples up to which an array is slower than one after the other."""
+
 
 @dataclass(frozen=True)
 class Blend:
@@ -106,8 +109,13 @@ class BlendOrder:
         corpora, turns = self._turns.many(places)
         epochs, samples = np.empty_like(turns), np.empty_like(turns)
         for corpus in np.unique(corpora).tolist():
-            here = corpora == corpus
-            epochs[here], samples[here] = self._order(corpus).many(turns[here])
+            here = np.flatnonzero(corpora == corpus)
+            order = self._order(corpus)
+            if len(here) > _FEW:
+                epochs[here], samples[here] = order.many(turns[here])
+            else:
+                for place in here.tolist():
+                    epochs[place], samples[place] = order.at(int(turns[place]))
         return corpora, epochs, samples
 
     def _order(self, corpus: int) -> SampleOrder:

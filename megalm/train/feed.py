@@ -22,6 +22,8 @@ from megalm.data.sampler import SampleOrder
 from megalm.plugin.contract.objective import Batch, Corpus
 from megalm.train.objective import TrainingObjective
 
+_AT_ONCE = 4096
+"""Places whose samples are found together, in a fraction of the time that each takes alone."""
 Address = tuple[int | str, ...]
 Sample = tuple[Corpus, int, Address]
 """A corpus, the number of a sample in it, and the address of its draws but for that number."""
@@ -57,6 +59,7 @@ class _Samples:
         self._seed = seed
         self._split = split
         self._lock = threading.Lock()
+        self._found: dict[int, tuple[np.ndarray, ...]] = {}
         self._corpora: Sequence[Corpus] = corpus.corpora if isinstance(corpus, Blend) else (corpus,)
         sizes = [objective.num_samples(each) for each in self._corpora]
         self._one: SampleOrder | None = None
@@ -73,15 +76,30 @@ class _Samples:
 
     def at(self, places: np.ndarray) -> Iterator[Sample]:
         """Those at ``places``, int64 from 0, in their order."""
-        if self._blend is not None:
-            with self._lock:
-                found = self._blend.many(places)
-            for corpus, epoch, sample in zip(*(each.tolist() for each in found), strict=True):
-                yield self._corpora[corpus], sample, (self._seed, f"{self._split} {corpus}", epoch)
-            return
-        assert self._one is not None
-        for epoch, sample in zip(*(each.tolist() for each in self._one.many(places)), strict=True):
-            yield self._corpora[0], sample, (self._seed, self._split, epoch)
+        for place in places.tolist():
+            block, at = divmod(place, _AT_ONCE)
+            *corpus, epoch, sample = (int(each[at]) for each in self._block(block))
+            if corpus:
+                yield self._corpora[corpus[0]], sample, (self._seed, f"{self._split} {corpus[0]}", epoch)
+            else:
+                yield self._corpora[0], sample, (self._seed, self._split, epoch)
+
+    def _block(self, block: int) -> tuple[np.ndarray, ...]:
+        """(corpora of a blend, epochs, samples) of a block of places; the last few are kept."""
+        found = self._found.get(block)
+        if found is not None:
+            return found
+        with self._lock:
+            if block not in self._found:
+                places = np.arange(block * _AT_ONCE, (block + 1) * _AT_ONCE)
+                if self._one is not None:
+                    self._found[block] = self._one.many(places)
+                else:
+                    assert self._blend is not None
+                    self._found[block] = self._blend.many(places)
+                while len(self._found) > 4:
+                    del self._found[next(iter(self._found))]
+            return self._found[block]
 
 
 def _collate(objective: TrainingObjective, samples: _Samples, places: np.ndarray) -> Batch:

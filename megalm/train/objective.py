@@ -91,9 +91,9 @@ class TrainingObjective:
     def build(self, sample: int, corpus: Corpus, address: tuple[int | str, ...]) -> Example:
         """One row; ``address`` is (seed, split, epoch)."""
         (first, builder), *rest = self.parts.items()
-        example = builder.build_example(sample, corpus, rng.generator("example", first, *address, sample))
+        example = builder.build_example(sample, corpus, rng.reused_generator("example", first, *address, sample))
         for name, part in rest:
-            example = part.extend_example(example, rng.generator("example", name, *address, sample))
+            example = part.extend_example(example, rng.reused_generator("example", name, *address, sample))
         return example
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -119,7 +119,7 @@ class TrainingObjective:
                 f"but is declared {spec.dtype} ({', '.join(spec.dims)}) with {known}"
             )
         if (name == "tokens" or (name == "labels" and self.needs.lm_head)) and array.size:
-            ids = array if name == "tokens" else array[array != IGNORE]
+            ids = array if name == "tokens" or array.min() >= 0 else array[array != IGNORE]
             if ids.size and not (ids.min() >= 0 and ids.max() < self._vocab_size):
                 raise ObjectiveError(
                     f"objective {self.name}: {name!r} holds ids from {ids.min()} to {ids.max()}, "

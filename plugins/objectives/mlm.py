@@ -71,8 +71,8 @@ class MaskedLM(Objective):
         self._mask: int = special.mask
         self._prefix = [] if special.cls is None or env.packing else [special.cls]
         self._suffix = [] if special.sep is None or env.packing else [special.sep]
-        self._special_ids = np.array(special.ids())
-        self._ordinary = np.setdiff1d(np.arange(env.tokenizer.vocab_size), self._special_ids)
+        self._special = np.isin(np.arange(env.tokenizer.vocab_size), special.ids())
+        self._ordinary = np.flatnonzero(~self._special)
         self._window = env.sequence_length - len(self._prefix) - len(self._suffix)
         if self._window < 1:
             raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves mlm no room for text"])
@@ -98,24 +98,29 @@ class MaskedLM(Objective):
             return self._packed(sample, corpus, rng)
         text = corpus.stream(sample * self._window, (sample + 1) * self._window)
         tokens = np.concatenate((self._prefix, text, self._suffix)).astype(np.int64)
-        return self.extend_example({"tokens": tokens, "special": np.isin(tokens, self._special_ids)}, rng)
+        return self.extend_example({"tokens": tokens, "special": self._special[tokens]}, rng)
 
     def _packed(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
         pieces = packed_row(corpus, sample, self._window, self.env.packing)
         tokens = np.concatenate([corpus.stream(piece.start, piece.stop) for piece in pieces])
         documents = np.repeat(np.arange(len(pieces)), [piece.stop - piece.start for piece in pieces])
-        example = {"tokens": tokens, "special": np.isin(tokens, self._special_ids), "documents": documents}
+        example = {"tokens": tokens, "special": self._special[tokens], "documents": documents}
         return self.extend_example(example, rng)
 
     def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         chance, kind = rng.random(len(tokens)), rng.random(len(tokens))
-        replacement = self._ordinary[rng.integers(len(self._ordinary), size=len(tokens))]
-        chosen = (chance < self.cfg.mask_prob) & ~example["special"]
-        masked = chosen & (kind < self.cfg.mask_share)
-        random = chosen & ~masked & (kind < self.cfg.mask_share + self.cfg.random_share)
-        corrupted = np.where(masked, self._mask, np.where(random, replacement, tokens))
-        return {**example, "tokens": corrupted, "labels": np.where(chosen, tokens, IGNORE)}
+        replacement = rng.integers(len(self._ordinary), size=len(tokens))
+        chosen = np.flatnonzero((chance < self.cfg.mask_prob) & ~example["special"])
+        kind = kind[chosen]
+        masked = kind < self.cfg.mask_share
+        random = chosen[~masked & (kind < self.cfg.mask_share + self.cfg.random_share)]
+        labels = np.full_like(tokens, IGNORE)
+        labels[chosen] = tokens[chosen]
+        corrupted = tokens.copy()
+        corrupted[chosen[masked]] = self._mask
+        corrupted[random] = self._ordinary[replacement[random]]
+        return {**example, "tokens": corrupted, "labels": labels}
 
     def rates(self) -> Mapping[str, float]:
         # A random token is now and then the one that was there, which no reader of the row can tell from a kept one.

@@ -55,7 +55,7 @@ class NextSentence(Objective):
         if special.cls is None or special.sep is None or special.pad is None:
             raise ConfigError(["train.objective: nsp needs a tokenizer with cls, sep and pad tokens"])
         self._cls, self._sep, self._pad = special.cls, special.sep, special.pad
-        self._special_ids = np.array(special.ids())
+        self._special = np.isin(np.arange(env.tokenizer.vocab_size), special.ids())
         self._budget = env.sequence_length - 3
         if self._budget < 2:
             raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves nsp no room for two passages"])
@@ -129,7 +129,7 @@ class NextSentence(Objective):
             "token_types": types,
             "attention_mask": present,
             "next_label": label,
-            "special": ~present | np.isin(tokens, self._special_ids),
+            "special": ~present | self._special[tokens],
         }
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -223,8 +223,7 @@ cosine = 3
         'run.toml:32: objective.mlx: unknown objective "mlx"; did you mean "mlm"? available: broken, clm, fussy, '
         "mlm, nsp, strict; installed but not loaded: LEFT (see --plugins) (owner: megalm)",
         "run.toml:36: lr_schedule.cosine: expected a table, found the integer 3 (owner: megalm)",
-        "run.toml: data.path: required key is missing; add it (text) under [data], or several folders as data.blend "
-        "(owner: megalm)",
+        "run.toml: data: names no store; add path (text), or several as blend, under [data] (owner: megalm)",
         "--set eval.every=-1: eval.every: expected an integer of at least 0, found the integer -1 (owner: megalm)",
         '--set log.callbacks=[\'bord\', 7]: log.callbacks[0]: unknown callback "bord"; did you mean "board"? '
         "available: board; installed but not loaded: LEFT (see --plugins) (owner: megalm)",

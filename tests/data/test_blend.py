@@ -114,7 +114,7 @@ def test_other_weights_are_near(campaign_seed: int) -> None:
 
 
 def test_nothing_is_repeated_or_lost_in_three_epochs() -> None:
-    """Weights as the sizes are: each cycle shows every sample of every corpus once; else each corpus in its own time."""
+    """Weights as the sizes are: each cycle shows every sample once; else each corpus goes round in its own time."""
     sizes = [5, 12, 1, 30]
     order = BlendOrder(3, sizes, Turns(sizes))
     seen = [list(zip(*(a.tolist() for a in order.many(np.arange(48 * e, 48 * e + 48))), strict=True)) for e in range(3)]

@@ -64,6 +64,27 @@ def test_places_and_neighbours_are_uniform(n):
     assert abs(np.corrcoef(image[1:], image[:-1])[0, 1]) < 6 / n**0.5
 
 
+@pytest.mark.parametrize("n", [1, 5, 64, 1009, 4097, 2**24 + 3, 3 * 10**9, 2**53 + 1, 2**62 - 1])
+def test_many_at_once_are_those_one_by_one(n, campaign_seed):
+    p = Permutation(n, campaign_seed, "many")
+    indices = np.random.default_rng(campaign_seed).integers(0, n, size=300)
+    assert p.many(indices).tolist() == [p(i) for i in indices.tolist()]
+    assert p.many(np.array([], dtype=np.int64)).tolist() == []
+    for bad in (-1, n):
+        with pytest.raises(IndexError):
+            p.many(np.array([0, bad]))
+    order = SampleOrder(campaign_seed, n)
+    places = np.random.default_rng(campaign_seed).integers(0, min(4 * n, 2**62), size=50)
+    assert list(zip(*(a.tolist() for a in order.many(places)), strict=True)) == [order.at(i) for i in places.tolist()]
+
+
+def test_past_float32_each_place_has_a_sample_of_its_own():
+    """2^24 + 1 is the first whole number that a float32 rounds away."""
+    n = 2**24 + 1001
+    images = Permutation(n, 1, "wide").many(np.arange(n))
+    assert (np.bincount(images, minlength=n) == 1).all()
+
+
 def test_large_domains_need_no_memory():
     p = Permutation(10**15, 1, 2, "big")
     images = [p(i) for i in range(1000)]

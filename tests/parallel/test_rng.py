@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -79,3 +80,18 @@ def test_uniform_lies_inside(count: int) -> None:
     x = rng.uniform(KEY, count)
     assert x.shape == (count,)
     assert ((x > 0) & (x < 1)).all()
+
+
+def test_a_reused_generator_draws_the_same() -> None:
+    """Whatever was drawn from it before, halves of words and unfinished blocks included, and from other threads."""
+
+    def draws(generator: np.random.Generator, n: int) -> list[object]:
+        found: list[object] = [generator.random(n).tolist(), generator.integers(9, size=n, dtype=np.uint32).tolist()]
+        return [*found, generator.standard_normal(n).tolist(), generator.permutation(n).tolist()]
+
+    addresses = [("example", "mlm", seed, sample) for seed in range(3) for sample in range(20)]
+    for n, address in enumerate(addresses):
+        assert draws(rng.reused_generator(*address), n % 7) == draws(rng.generator(*address), n % 7)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda a: draws(rng.reused_generator(*a), 5), addresses))
+    assert found == [draws(rng.generator(*a), 5) for a in addresses]
