@@ -62,7 +62,9 @@ def rows_of(prepared: Prepared, first: int, steps: int, batch: int, dp: int, acc
             workers=workers,
         )
         for step in range(first, first + steps):
-            for rows in feed.step(step):
+            for m, rows in enumerate(feed.step(step)):
+                first_slot = (m * dp + index) * len(rows.slots)
+                assert rows.slots == tuple(range(first_slot, first_slot + len(rows.slots)))
                 for i, slot in enumerate(rows.slots):
                     place = step * batch + slot
                     assert place not in found
