@@ -8,8 +8,8 @@ from pathlib import Path
 from megalm.config.pairs import settings_from_pairs
 from megalm.config.settings import Settings
 from megalm.data.folder import new_folder
-from megalm.data.readers import Documents, check_input, read_documents
-from megalm.data.readers import Source as Input
+from megalm.data.inputs import find_inputs
+from megalm.data.readers import Documents, Reading, read_documents
 from megalm.data.tokenizer import DESCRIPTOR, save_tokenizer
 from megalm.plugin.contract.tokenizer import Tokenizer
 
@@ -31,8 +31,9 @@ def train_tokenizer(
 
     Raises DataError for unusable input or output, TokenizerError where nothing can be learnt.
     """
-    paths = [Path(path) for path in inputs]
-    total = sum(check_input(path) for path in paths)
+    files = find_inputs(inputs).files
+    total = sum(file.size for file in files)
+    reading = Reading(documents, text_key)
     done = 0
 
     def tick(count: int) -> None:
@@ -42,9 +43,8 @@ def train_tokenizer(
             progress(min(done, total), total)
 
     def texts() -> Iterator[str]:
-        for path in paths:
-            with Input(path, tick) as source:
-                yield from read_documents(source, documents, text_key)
+        for file in files:
+            yield from read_documents(file.path, reading, tick)
 
     with new_folder(Path(out), overwrite=overwrite, is_ours=is_tokenizer, what="tokenizer") as folder:
         tokenizer = cls.train(texts(), cfg)

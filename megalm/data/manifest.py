@@ -82,6 +82,19 @@ class SourceRecord(Settings):
     """Documents read from it, repeated and dropped ones included."""
 
 
+class PreparationRecord(Settings):
+    """What became of the documents on the way from the inputs to the parts."""
+
+    removed: dict[str, int] = {}
+    """Documents that a filter or the removal of duplicates left out, by reason."""
+    scrubbed: dict[str, int] = {}
+    """Replaced pieces of personal data, by kind; those in documents that were left out later are counted as well."""
+    skipped: dict[str, int] = {}
+    """Documents that could not be used, by reason."""
+    skipped_files: dict[str, str] = {}
+    """Files and folders that were not read, and why."""
+
+
 class Manifest(Settings):
     """Everything that is known of a store without opening its parts."""
 
@@ -93,6 +106,8 @@ class Manifest(Settings):
     sources: list[SourceRecord]
     options: dict[str, str | float]
     """Options of the preparation."""
+    preparation: PreparationRecord = PreparationRecord()
+    """What was left out, and why."""
     dropped_documents: int
     """Documents without a single token."""
     links: dict[str, str] = {}

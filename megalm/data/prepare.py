@@ -1,29 +1,34 @@
-"""From text files to a token store, in one pass and constant memory.
+"""From input files to a token store: pieces are worked on one by one or side by side, then joined in reading order.
 
-Memory holds one batch of documents (a megabyte of text, or one document where that is larger). The store is written
-beside its place and renamed when it is complete, so that an interruption leaves nothing that could be taken for a
-store.
+What is finished of a piece is kept beside the store until the store is complete (see
+:mod:`megalm.data.workers_shard`), so that a run that was killed, or met a full disk, goes on where it was. The store
+itself is written under a temporary name and renamed, so that nothing else could be taken for one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megalm.data import manifest as manifests
+from megalm.data.clean import Cleaning, check_cleaning
 from megalm.data.folder import new_folder
-from megalm.data.manifest import Manifest, PartRecord, SourceRecord, TokenizerRecord
-from megalm.data.readers import DOCUMENTS, Documents, Source, check_input, read_documents
-from megalm.data.sentences import split_sentences
+from megalm.data.inputs import Inputs, find_inputs, printable
+from megalm.data.manifest import Manifest, PreparationRecord, SourceRecord, TokenizerRecord
+from megalm.data.prepare_merge import Merge
+from megalm.data.readers import DOCUMENTS, MAX_DOCUMENT, Documents
 from megalm.data.split import Split
 from megalm.data.store import PARTS, TOKENIZER_FOLDER
 from megalm.data.tokenizer import save_tokenizer
-from megalm.data.writer import PartWriter
-from megalm.errors import DataError
+from megalm.data.units import UNIT_BYTES, plan_units
+from megalm.data.workers import run_jobs
+from megalm.data.workers_shard import Job, Shard, Work
+from megalm.errors import DataError, UsageError
 from megalm.plugin.contract.tokenizer import Tokenizer
-
-_BATCH_CHARACTERS = 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes of all inputs)."""
@@ -38,54 +43,68 @@ def prepare(
     validation: float = 0.1,
     documents: Documents = "blank-line",
     text_key: str = "text",
+    cleaning: Cleaning | None = None,
+    sentences: bool = True,
+    skip: bool = False,
+    max_document: int = MAX_DOCUMENT,
+    workers: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write a token store of ``inputs`` to the new folder ``out`` and return its manifest.
+    """Write a token store of ``inputs`` (files, patterns, folders) to the new folder ``out``; return its manifest.
 
     ``component`` names the plugin component that ``tokenizer`` is of. ``validation`` is the share of documents, in
     [0, 1), that go to the validation part, chosen by a hash of their text; 0 writes no such part. Where chance would
     leave a part empty, one document (and its duplicates) is moved there. ``documents`` says how text files are cut,
-    ``text_key`` where JSONL rows hold their text. ``overwrite`` replaces an existing store.
+    ``text_key`` where rows hold their text. ``cleaning`` says what is done to documents and which are left out.
+    Without ``sentences`` each document counts as one. ``skip`` leaves out and counts what cannot be used, instead of
+    stopping; a document of more than about ``max_document`` bytes is among that. ``workers`` processes share the
+    work; the store does not depend on their number, and more than one need a tokenizer whose class can be imported.
+    ``overwrite`` replaces an existing store.
 
-    Raises DataError for unusable input or output, naming the file and the offset or line; nothing is left behind then.
+    Raises DataError for unusable input or output, naming the file and the offset or line. No store is left then, but
+    where more than 16 MiB of the inputs were done, they are kept for the next run, in ``.NAME.prepare`` beside ``out``.
     """
     if not 0 <= validation < 1:
         raise DataError(f"validation share {validation}: expected a number from 0 up to, not including, 1")
     if documents not in DOCUMENTS:
         raise DataError(f'documents "{documents}": expected one of {", ".join(DOCUMENTS)}')
-    paths = [Path(path) for path in inputs]
+    if workers < 1:
+        raise DataError(f"workers {workers}: expected at least 1")
+    if max_document < 1:
+        raise DataError(f"longest document {max_document}: expected at least 1 byte")
+    if not inputs:
+        raise DataError("no input files; name at least one text, JSONL or Parquet file")
+    cleaning = cleaning or Cleaning()
+    check_cleaning(cleaning)
     out = Path(out)
-    if not paths:
-        raise DataError("no input files; name at least one text or JSONL file")
-    total = sum(check_input(path) for path in paths)
-    for path in paths:
+    for path in inputs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise DataError(f"{path}: lies inside the output folder {out}; choose another output folder")
+    found = find_inputs(inputs, skip=skip)
+    work = Work(documents, text_key, skip, max_document, sentences, cleaning)
     options: dict[str, str | float] = {"validation": validation, "documents": documents, "text_key": text_key}
+    options |= cleaning.options() | ({} if sentences else {"sentences": "no"}) | ({"on_error": "skip"} if skip else {})
     with new_folder(out, overwrite=overwrite, is_ours=is_store, what="token store") as folder:
-        split = Split(validation)
-        job = _Job(paths, tokenizer, folder, documents, text_key, split, PARTS if validation else PARTS[:1])
-        if not job.run(progress, total):
-            split.narrow()
-            if not job.run(progress, total):
-                raise DataError(f"{paths[0]}: the inputs changed while they were read; prepare again")
-        (folder / TOKENIZER_FOLDER).mkdir()
-        save_tokenizer(tokenizer, component, folder / TOKENIZER_FOLDER)
-        made_with = TokenizerRecord(
-            component=component,
-            identity=tokenizer.identity,
-            vocab_size=tokenizer.vocab_size,
-            eos=tokenizer.special.eos,
-        )
-        result = Manifest(
-            tokenizer=made_with,
-            parts=job.parts,
-            sources=job.sources,
-            options=options,
-            dropped_documents=job.dropped,
-        )
-        result.write(folder)
+        plan = _Plan(found, work, tokenizer)
+        with _shards_beside(out, plan.worth_keeping) as place:
+            plan.run(place, component, workers, progress)
+            shards = plan.shards(place)
+            eos, size = tokenizer.special.eos, tokenizer.vocab_size
+            merge = Merge([shard for group in shards for shard in group], size, eos, cleaning, folder)
+            parts = merge.write(Split(validation), PARTS if validation else PARTS[:1], str(found.files[0].path))
+            (folder / TOKENIZER_FOLDER).mkdir()
+            save_tokenizer(tokenizer, component, folder / TOKENIZER_FOLDER)
+            result = Manifest(
+                tokenizer=TokenizerRecord(component=component, identity=tokenizer.identity, vocab_size=size, eos=eos),
+                parts=parts,
+                sources=plan.sources(place),
+                options=options,
+                preparation=_record(found, [shard for group in shards for _, shard in group], merge.removed),
+                dropped_documents=sum(shard.dropped for group in shards for _, shard in group),
+            )
+            result.write(folder)
+    shutil.rmtree(_place(out), ignore_errors=True)
     return result
 
 
@@ -99,41 +118,43 @@ def is_store(folder: Path) -> bool:
     return True
 
 
-def _printable(path: Path) -> str:
-    """A path as text; a name may hold bytes that are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+class _Plan:
+    """The pieces of all inputs, and the names of their shards."""
 
-
-class _Job:
-    """One pass over the inputs; run again where the split left a part empty."""
-
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        tokenizer: Tokenizer,
-        folder: Path,
-        documents: Documents,
-        text_key: str,
-        split: Split,
-        parts: Sequence[str],
-    ) -> None:
-        self._paths = paths
+    def __init__(self, found: Inputs, work: Work, tokenizer: Tokenizer) -> None:
+        self._files = found.files
+        self._work = work
         self._tokenizer = tokenizer
-        self._folder = folder
-        self._documents = documents
-        self._text_key = text_key
-        self._split = split
-        self._part_names = parts
-        self.parts: dict[str, PartRecord] = {}
-        self.sources: list[SourceRecord] = []
-        self.dropped = 0
+        self._units: list[list[tuple[str, Job]]] = []
+        self._digests: list[tuple[str, Job] | None] = []
+        for number, file in enumerate(found.files):
+            units = plan_units(number, file, work.documents)
+            self._units.append([self._named(Job(file, unit)) for unit in units])
+            apart = len(units) > 1 or file.kind == "parquet"
+            self._digests.append(self._named(Job(file, None)) if apart else None)
 
-    def run(self, progress: Progress | None, total: int) -> bool:
-        """Write all parts; False, with nothing kept, where one would be empty though another split would fill it."""
-        self.sources, self.dropped = [], 0
-        eos, vocab_size = self._tokenizer.special.eos, self._tokenizer.vocab_size
-        writers = {name: PartWriter(self._folder, name, vocab_size, eos) for name in self._part_names}
-        done = 0
+    def _named(self, job: Job) -> tuple[str, Job]:
+        return job.key(self._work, self._tokenizer), job
+
+    def worth_keeping(self, place: Path) -> bool:
+        """Whether more than one piece's worth of the inputs is done; less is quickly done again."""
+        done = sum(
+            job.unit.bytes
+            for units in self._units
+            for key, job in units
+            if job.unit is not None and Shard.read(place / key) is not None
+        )
+        return done >= UNIT_BYTES
+
+    def run(self, place: Path, component: str, workers: int, progress: Progress | None) -> None:
+        """Make the shards that are not there yet, and remove those that are of something else."""
+        jobs: dict[str, Job] = {}
+        for units, digest in zip(self._units, self._digests, strict=True):
+            jobs |= dict(units) | dict([digest] if digest is not None else [])
+        for path in place.iterdir():
+            if path.name not in jobs:
+                shutil.rmtree(path, ignore_errors=True)
+        total, done = sum(file.size for file in self._files), 0
 
         def tick(count: int) -> None:
             nonlocal done
@@ -141,52 +162,80 @@ class _Job:
             if progress is not None:
                 progress(min(done, total), total)
 
+        missing = []
+        for key, job in jobs.items():
+            if Shard.read(place / key) is None:
+                missing.append((key, job))
+            elif job.unit is not None:
+                done += job.unit.bytes
+        if done:
+            tick(0)
         try:
-            for batch in self._batches(tick):
-                for text, ids in zip(batch, self._encode(batch), strict=True):
-                    key = self._split.key(text)
-                    if writers[self._split.side(key)].add(ids):
-                        self._split.note(key)
-                    else:
-                        self.dropped += 1
-            kept = sum(writer.documents for writer in writers.values())
-            if kept == 0:
-                raise DataError(f"{self._paths[0]}: the tokenizer turns the text of all inputs into no tokens at all")
-            if all(writer.documents for writer in writers.values()):
-                self.parts = {name: writer.close() for name, writer in writers.items()}
-                return True
-            if self._split.one_document:
-                raise DataError(
-                    f"{self._paths[0]}: the inputs hold only one document (repeats not counted), which cannot be split "
-                    "into train and validation; cut the text otherwise with --documents line or --documents "
-                    "blank-line, or ask for no validation part with --validation 0"
-                )
-        except BaseException:
-            for writer in writers.values():
-                writer.abandon()
+            run_jobs(missing, self._work, self._tokenizer, component, place, workers, tick)
+        except UsageError as error:
+            if self.worth_keeping(place):
+                raise type(error)(f"{error} (what is finished is kept in {place} for the next run)") from error
             raise
-        for writer in writers.values():
-            writer.abandon()
-        return False
 
-    def _encode(self, batch: list[str]) -> list[list[list[int]]]:
-        return self._tokenizer.encode_segments([split_sentences(text) for text in batch])
+    def shards(self, place: Path) -> list[list[tuple[Path, Shard]]]:
+        """The shards of each file's pieces, in order."""
+        return [[(place / key, _read(place / key)) for key, _ in units] for units in self._units]
 
-    def _batches(self, tick: Callable[[int], None]) -> Iterator[list[str]]:
-        batch: list[str] = []
-        held = 0
-        for path in self._paths:
-            count = 0
-            with Source(path, tick) as source:
-                for text in read_documents(source, self._documents, self._text_key):
-                    count += 1
-                    batch.append(text)
-                    held += len(text)
-                    if held >= _BATCH_CHARACTERS:
-                        yield batch
-                        batch, held = [], 0
-                self.sources.append(
-                    SourceRecord(path=_printable(path), bytes=source.count, sha256=source.sha256, documents=count)
-                )
-        if batch:
-            yield batch
+    def sources(self, place: Path) -> list[SourceRecord]:
+        """The record of each file."""
+        result = []
+        for file, digest, shards in zip(self._files, self._digests, self.shards(place), strict=True):
+            sha256 = _read(place / digest[0]).sha256 if digest is not None else shards[0][1].sha256
+            count = sum(shard.documents for _, shard in shards)
+            result.append(
+                SourceRecord(path=printable(file.path), bytes=file.size, sha256=sha256, documents=count)
+            )
+        return result
+
+
+def _read(folder: Path) -> Shard:
+    shard = Shard.read(folder)
+    if shard is None:
+        raise DataError(f"{folder}: the intermediate files are damaged; remove {folder.parent} and prepare again")
+    return shard
+
+
+def _record(found: Inputs, shards: Sequence[Shard], repeats: dict[str, int]) -> PreparationRecord:
+    def total(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+        names = sorted({name for count in counts for name in count})
+        return {name: sum(count.get(name, 0) for count in counts) for name in names}
+
+    return PreparationRecord(
+        removed=total([shard.removed for shard in shards]) | repeats,
+        scrubbed=total([shard.scrubbed for shard in shards]),
+        skipped=total([shard.skipped for shard in shards]),
+        skipped_files=dict(found.skipped),
+    )
+
+
+def _place(out: Path) -> Path:
+    out = Path(os.path.abspath(out))
+    return out.parent / f".{out.name}.prepare"
+
+
+@contextmanager
+def _shards_beside(out: Path, worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
+    """The folder of finished pieces, for this process alone. It stays behind where the block raises and there is
+    enough in it."""
+    place = _place(out)
+    place.mkdir(exist_ok=True)
+    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{out}: another process is preparing this store; wait for it, or end it") from None
+        try:
+            yield place
+        finally:
+            if not worth_keeping(place):
+                with suppress(OSError):
+                    shutil.rmtree(place)
+    finally:
+        os.close(lock)
+

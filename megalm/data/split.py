@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 _SPAN = 1 << 64
 
 
@@ -24,19 +26,26 @@ class Split:
         """64-bit hash of a document."""
         return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
-    def side(self, key: int) -> str:
-        """Name of the part."""
-        return "validation" if key < self._limit else "train"
+    def held_out(self, keys: np.ndarray) -> np.ndarray:
+        """Which documents go to validation: (documents,) bool from (documents,) uint64."""
+        if self._limit <= 0:
+            return np.zeros(len(keys), dtype=bool)
+        return np.asarray(keys <= np.uint64(self._limit - 1))
 
-    def note(self, key: int) -> None:
-        """Remember that a document was kept, for :meth:`narrow`."""
-        self._lowest = min(self._lowest, key)
-        self._highest = max(self._highest, key)
+    def note_range(self, lowest: int, highest: int) -> None:
+        """Remember the keys of documents that were kept, for :meth:`narrow`."""
+        self._lowest = min(self._lowest, lowest)
+        self._highest = max(self._highest, highest)
 
     @property
     def one_document(self) -> bool:
         """All documents noted are equal: two parts cannot both have one."""
         return self._lowest >= self._highest
+
+    @property
+    def one_sided(self) -> bool:
+        """All documents noted are on the same side."""
+        return self._lowest >= self._limit or self._highest < self._limit
 
     def narrow(self) -> None:
         """Move the limit, so that neither part is empty: validation gets at least the lowest hash, never the

@@ -198,8 +198,8 @@ def test_missing_folder_and_odd_files(tmp_path, text_file):
     good = text_file("a\n\nb")
     with pytest.raises(DataError, match="no such file"):
         _run([good, tmp_path / "gone.txt"], tmp_path / "store")
-    with pytest.raises(DataError, match="is a folder"):
-        _run([tmp_path], tmp_path / "store")
+    with pytest.raises(DataError, match="matches nothing"):
+        _run([good, f"{tmp_path}/*.gone"], tmp_path / "store")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="not a regular file"):
         _run([tmp_path / "pipe"], tmp_path / "store")
@@ -304,8 +304,8 @@ def test_kill_leaves_no_store_and_the_next_run_cleans_up(tmp_path, random_docume
     child = subprocess.Popen([sys.executable, "-c", KILLED, path, out, str(call)], stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"now\n"
-    (partial,) = tmp_path.glob(".store.partial-*")
-    assert any(partial.iterdir())
+    (shard,) = (tmp_path / ".store.prepare").iterdir()
+    assert any(shard.iterdir())
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
