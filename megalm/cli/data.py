@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from megalm.cli.options import Overrides, Plugins, names
-from megalm.data.manifest import Manifest
-from megalm.data.readers import DOCUMENTS
+from megalm.cli.show_progress import show_progress
+from megalm.data.readers import DOCUMENTS, MAX_DOCUMENT
 from megalm.data.tokenizer import Resolve, tokenizer_from_spec
 from megalm.errors import DataError
 
@@ -27,7 +25,10 @@ app = typer.Typer(
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(metavar="INPUT...", help="Text or JSONL files (.jsonl, .ndjson, .json), gzip of either."),
+    typer.Argument(
+        metavar="INPUT...",
+        help="Files, patterns, folders: text, JSONL (.jsonl, .ndjson, .json), gzip or Zstandard of either, Parquet.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder to write.")]
 Cut = Annotated[
@@ -36,10 +37,12 @@ Cut = Annotated[
         "--documents",
         metavar="HOW",
         help="What is a document in a text file: blank-line (text between empty lines), line, or file. "
-        "A JSONL row always is one.",
+        "A row of JSONL or Parquet always is one.",
     ),
 ]
-TextKey = Annotated[str, typer.Option("--text-key", metavar="KEY", help="Key of the text in JSONL rows.")]
+TextKey = Annotated[
+    str, typer.Option("--text-key", metavar="KEY", help="Key of the text in rows of JSONL, column of Parquet.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by megalm data prepare.")]
@@ -65,15 +68,70 @@ def prepare(
     ] = 0.1,
     documents: Cut = "blank-line",
     text_key: TextKey = "text",
+    workers: Annotated[
+        int, typer.Option("--workers", metavar="N", help="Processes; 0: as many as there are cores for them.")
+    ] = 0,
+    normalize: Annotated[str, typer.Option("--normalize", help="Unicode normalisation: none, NFC or NFKC.")] = "none",
+    strip_control: Annotated[
+        bool, typer.Option("--strip-control", help="Remove control characters and invisible ones that order text.")
+    ] = False,
+    languages: Annotated[
+        str, typer.Option("--languages", metavar="A,B", help="Keep documents in these languages, as in en,zh.")
+    ] = "",
+    min_characters: Annotated[
+        int, typer.Option("--min-characters", metavar="N", help="Leave out shorter documents.")
+    ] = 0,
+    max_characters: Annotated[
+        int, typer.Option("--max-characters", metavar="N", help="Leave out longer documents; 0: no limit.")
+    ] = 0,
+    max_repetition: Annotated[
+        float,
+        typer.Option("--max-repetition", metavar="SHARE", help="Leave out documents that repeat more of themselves."),
+    ] = 1.0,
+    scrub: Annotated[
+        str, typer.Option("--scrub", metavar="A,B", help="Replace personal data: email, ip, phone, card, iban.")
+    ] = "",
+    dedup: Annotated[
+        str, typer.Option("--dedup", metavar="HOW", help="Leave out repeated documents: none, exact or near.")
+    ] = "none",
+    similarity: Annotated[
+        float, typer.Option("--similarity", metavar="SHARE", help="From which documents are near duplicates.")
+    ] = 0.8,
+    sentences: Annotated[
+        bool, typer.Option("--sentences/--no-sentences", help="Find sentences, or let each document count as one.")
+    ] = True,
+    on_error: Annotated[
+        str, typer.Option("--on-error", metavar="HOW", help="What cannot be used: stop, or skip and count it.")
+    ] = "stop",
+    max_document_bytes: Annotated[
+        int, typer.Option("--max-document-bytes", metavar="N", help="A longer document cannot be used.")
+    ] = MAX_DOCUMENT,
     overwrite: Overwrite = False,
     plugins: Plugins = None,
 ) -> None:
-    """Tokenise text into a memory-mapped store with a train and a validation part."""
+    """Tokenise text into a memory-mapped store with a train and a validation part.
+
+    A run that was killed goes on where it was when it is started again with the same arguments.
+    """
+    from megalm.cli.show_prepared import cleaning_from, show_prepared
     from megalm.data.prepare import prepare as run
 
     how = _documents(documents)
+    if on_error not in ("stop", "skip"):
+        raise DataError(f"--on-error {on_error}: expected stop or skip")
+    cleaning = cleaning_from(
+        normalize=normalize,
+        strip_control=strip_control,
+        languages=tuple(names(languages) or ()),
+        min_characters=min_characters,
+        max_characters=max_characters,
+        max_repetition=max_repetition,
+        scrub=tuple(names(scrub) or ()),
+        dedup=dedup,
+        similarity=similarity,
+    )
     component, loaded = tokenizer_from_spec(tokenizer, resolver(plugins))
-    with _progress("preparing") as progress:
+    with show_progress("preparing") as progress:
         manifest = run(
             inputs,
             loaded,
@@ -82,10 +140,15 @@ def prepare(
             validation=validation,
             documents=how,
             text_key=text_key,
+            cleaning=cleaning,
+            sentences=sentences,
+            skip=on_error == "skip",
+            max_document=max_document_bytes,
+            workers=workers or len(os.sched_getaffinity(0)),
             overwrite=overwrite,
             progress=progress,
         )
-    _echo_parts(manifest)
+    show_prepared(manifest)
     typer.echo(f"wrote {out}")
 
 
@@ -115,7 +178,7 @@ def train_tokenizer(
     cls = manager.load_class("tokenizers", kind)
     owner = f"plugin {manager.get('tokenizers', kind).plugin}"
     cfg = training_settings(cls.Config, kind, owner, sets or [])
-    with _progress("reading") as progress:
+    with show_progress("reading") as progress:
         tokenizer = run(
             cls,
             cfg,
@@ -157,10 +220,11 @@ def import_megatron(
     plugins: Plugins = None,
 ) -> None:
     """Make a store over a dataset of Megatron-LM, PREFIX.bin and PREFIX.idx, to train on it in place."""
+    from megalm.cli.show_prepared import show_prepared
     from megalm.data.megatron.importing import import_megatron as run
 
     component, loaded = tokenizer_from_spec(tokenizer, resolver(plugins))
-    with _progress("reading") as progress:
+    with show_progress("reading") as progress:
         manifest, remarks = run(
             prefix,
             loaded,
@@ -173,7 +237,7 @@ def import_megatron(
             overwrite=overwrite,
             progress=progress,
         )
-    _echo_parts(manifest)
+    show_prepared(manifest)
     for remark in remarks:
         typer.echo(remark)
     typer.echo(f"wrote {out}")
@@ -197,7 +261,7 @@ def export_megatron(
     from megalm.data.store import TokenStore
 
     source = TokenStore.open(store, part)
-    with _progress("writing") as progress:
+    with show_progress("writing") as progress:
         written = run(source, prefix, sequences=sequences, overwrite=overwrite, progress=progress)
     typer.echo(f"{part}: {source.num_tokens:,} tokens, {source.num_documents:,} documents")
     typer.echo(f"wrote {written[0]} and {written[1]}")
@@ -243,16 +307,6 @@ def baselines(store: Store, json: Json = False) -> None:
     typer.echo(f"over {found.tokens:,} tokens of the validation part")
 
 
-def _echo_parts(manifest: Manifest) -> None:
-    for name, part in manifest.parts.items():
-        typer.echo(
-            f"{name}: {part.tokens:,} tokens, {part.sentences:,} sentences, {part.documents:,} documents "
-            f"({part.tokens / part.documents:.1f} tokens each)"
-        )
-    if manifest.dropped_documents:
-        typer.echo(f"dropped {manifest.dropped_documents:,} documents that have no tokens")
-
-
 def resolver(plugins: str | None) -> Resolve:
     """Tokenizer classes by component name, from the installed plugins or exactly those of ``--plugins``."""
     from megalm.plugin.manager import PluginManager
@@ -269,18 +323,3 @@ def _documents(text: str) -> Any:
     if text not in DOCUMENTS:
         raise DataError(f"--documents {text}: expected one of {', '.join(DOCUMENTS)}")
     return text
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on standard error where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

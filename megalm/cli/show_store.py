@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megalm.cli.show_prepared import left_out
 from megalm.data.manifest import Manifest
 from megalm.data.permutation import Permutation
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
@@ -54,8 +55,10 @@ def _show_manifest(console: Console, folder: Path, manifest: Manifest) -> None:
     for name, part in manifest.parts.items():
         counts = f"{part.tokens:,} tokens, {part.sentences:,} sentences, {part.documents:,} documents"
         table.add_row(Text(name), Text(counts))
-    if manifest.dropped_documents:
-        table.add_row("dropped", Text(f"{manifest.dropped_documents:,} documents without a token"))
+    for what, count in left_out(manifest):
+        table.add_row("left out", Text(f"{count:,} {what}"))
+    for path, reason in manifest.preparation.skipped_files.items():
+        table.add_row("not read", Text(f"{path}: {reason}"))
     console.print(table)
 
 

@@ -20,9 +20,7 @@ from megalm.data.clean_language import LanguageFilter
 from megalm.data.clean_repetition import repetition
 from megalm.data.pii import KINDS, Scrubber
 
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
-)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
 """Control characters but tab and line feed, and invisible ones that order or break text. Joiners stay: scripts and
 emoji need them."""
 

@@ -42,9 +42,7 @@ def _is_phone(text: str) -> bool:
     """A country code, an area code in brackets, or the three groups that North American numbers have; so that dates and
     versions stay."""
     count = len(_digits(text))
-    return 7 <= count <= 15 and (
-        text[0] in "+(" or re.fullmatch(r"\d{3}[ .-]\d{3}[ .-]\d{4}", text) is not None
-    )
+    return 7 <= count <= 15 and (text[0] in "+(" or re.fullmatch(r"\d{3}[ .-]\d{3}[ .-]\d{4}", text) is not None)
 
 
 def _is_card(text: str) -> bool:

@@ -187,9 +187,7 @@ class _Plan:
         for file, digest, shards in zip(self._files, self._digests, self.shards(place), strict=True):
             sha256 = _read(place / digest[0]).sha256 if digest is not None else shards[0][1].sha256
             count = sum(shard.documents for _, shard in shards)
-            result.append(
-                SourceRecord(path=printable(file.path), bytes=file.size, sha256=sha256, documents=count)
-            )
+            result.append(SourceRecord(path=printable(file.path), bytes=file.size, sha256=sha256, documents=count))
         return result
 
 
@@ -238,4 +236,3 @@ def _shards_beside(out: Path, worth_keeping: Callable[[Path], bool]) -> Iterator
                     shutil.rmtree(place)
     finally:
         os.close(lock)
-

@@ -223,9 +223,8 @@ class _Blocks:
             text = raw.decode("utf-8")
             problem: tuple[int, str] | None = None
         except UnicodeDecodeError as error:
-            problem = error.start, (
-                f"holds 0x{raw[error.start]:02x}, which is not valid UTF-8 ({error.reason}); convert the file to UTF-8"
-            )
+            wrong = f"0x{raw[error.start]:02x}, which is not valid UTF-8 ({error.reason})"
+            problem = error.start, f"holds {wrong}; convert the file to UTF-8"
         nul = raw.find(0)
         if nul >= 0 and (problem is None or nul < problem[0]):
             problem = nul, "holds a NUL byte: the file is binary, or text in UTF-16; convert it to UTF-8 text"
@@ -291,9 +290,7 @@ def _row_text(line: str, text_key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise _Unusable("not valid JSON", f": not usable JSON: {error}") from None
     if not isinstance(row, dict):
-        raise _Unusable(
-            "not an object", f': expected an object with key "{text_key}", found a {_json_type(row)}'
-        )
+        raise _Unusable("not an object", f': expected an object with key "{text_key}", found a {_json_type(row)}')
     if text_key not in row:
         keys = ", ".join(f'"{key}"' for key in sorted(row)[:10]) or "no keys"
         raise _Unusable(

@@ -279,4 +279,3 @@ class ShardData:
         if count == 0:
             return np.zeros(0, dtype=dtype)
         return np.memmap(self._folder / name, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
-

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megalm.api import Settings, SpecialTokens, Tokenizer
 
 _NAMES = ("pad", "eos", "bos", "cls", "sep", "mask")
@@ -33,6 +35,14 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
+
+    def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        if type(self).encode_batch is not ByteTokenizer.encode_batch:  # a subclass that encodes otherwise
+            return super().encode_documents(documents)
+        segments = [segment for document in documents for segment in document]
+        ids = np.frombuffer("".join(segments).encode("utf-8"), dtype=np.uint8)
+        lengths = [len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments]
+        return ids, np.array(lengths, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are not valid UTF-8, such as a character cut in half, become U+FFFD."""

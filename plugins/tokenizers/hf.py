@@ -11,15 +11,18 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 from pydantic import Field
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError, UsageError
+from megalm_plugins.tokenizers.fast_bpe import FastBPE, fast_bpe
 from megalm_plugins.tokenizers.segments import cut_at_segments
 
 _FILE = "tokenizer.json"
@@ -72,6 +75,7 @@ class HFTokenizer(Tokenizer):
         if not vocab:
             raise TokenizerError(f"{source}: a tokenizer with an empty vocabulary")
         self._text = text
+        self._fast: FastBPE | Literal[False] | None = False  # False: not tried yet
         self._size = max(vocab.values()) + 1
         added = {token.content: index for index, token in self._hf.get_added_tokens_decoder().items()}
         self._special = SpecialTokens(
@@ -112,6 +116,51 @@ class HFTokenizer(Tokenizer):
             for text, segments in zip(found, documents, strict=True)
         ]
 
+    def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        if self._byte_lengths is None:
+            return super().encode_documents(documents)
+        if self._fast is False:
+            special = [token["content"] for token in self._content.get("added_tokens") or ()]
+            self._fast = fast_bpe(self._content, special, self.encode_batch)
+        segments = [segment for document in documents for segment in document]
+        texts = ["".join(document).encode("utf-8") for document in documents]
+        ids = self._fast.encode(texts) if self._fast is not None and texts else None
+        if ids is None:
+            ids = [np.array(found, dtype=np.int64) for found in self.encode_batch([t.decode("utf-8") for t in texts])]
+        joined = np.concatenate([*ids, np.zeros(0, dtype=ids[0].dtype if ids else np.int64)])
+        sizes = self._byte_lengths[joined]
+        ends = np.cumsum(sizes)
+        tokens = np.cumsum([0, *map(len, ids)])
+        # Every token must stand for its own bytes, or places in the text cannot be told from their sum.
+        if not np.array_equal(np.concatenate(([0], ends))[tokens], np.cumsum([0, *map(len, texts)])):
+            return super().encode_documents(documents)
+        if len(segments) == len(documents):
+            return joined, np.diff(tokens)
+        places = np.cumsum([len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments])
+        return joined, np.diff(np.searchsorted(ends - sizes, places, side="left"), prepend=0)
+
+    @cached_property
+    def _byte_lengths(self) -> np.ndarray | None:
+        """Bytes of text that each id stands for, (vocabulary,) int64, where the tokenizer is byte-level BPE that takes
+        the text as it is; else None."""
+        content = self._content
+        split = content.get("pre_tokenizer") or {}
+        steps = split.get("pretokenizers", [split])
+        plain = {"type": "ByteLevel", "add_prefix_space": False}
+        whole = all(
+            plain.items() <= step.items() or (step.get("type") == "Split" and step.get("behavior") != "Removed")
+            for step in steps
+        )
+        added = [token for token in content.get("added_tokens") or () if not token.get("special")]
+        if content["model"].get("type") != "BPE" or content.get("normalizer") is not None or not whole or added:
+            return None
+        if not any(step.get("type") == "ByteLevel" for step in steps):
+            return None
+        lengths = np.zeros(self._size, dtype=np.int64)
+        for token, index in content["model"]["vocab"].items():
+            lengths[index] = len(token)  # a character a byte
+        return lengths
+
     def _encode(self, encode: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
         try:
             return encode(texts, add_special_tokens=False)
@@ -134,6 +183,10 @@ class HFTokenizer(Tokenizer):
 
     @property
     def identity(self) -> str:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         decides = {key: value for key, value in self._content.items() if key not in _NOT_IN_IDS}
         canonical = json.dumps(decides, sort_keys=True, separators=(",", ":")).encode("ascii")
         return hashlib.sha256(b"hf 1\0" + canonical).hexdigest()
