@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 
 _END = re.compile(
-    r"""(?P<latin>[.!?\u2026]+)["'\u201d\u2019\xbb)\]]*(?=\s)
+    r"""(?P<latin>[.!?\u2026]+)["'\u201d\u2019\xbb)\]]*(?=\s+(?P<next>\S))
       | [\u3002\uff01\uff1f\uff61]+\u2026*["')\u201d\u2019\u300d\u300f\u3009\u300b\u3011\uff09]*
       | \n[^\S\n]*(?=\n)""",
     re.VERBOSE,
@@ -41,14 +41,16 @@ def split_sentences(document: str) -> list[str]:
     start = 0
     for match in _END.finditer(document):
         end = match.end()
-        following = _INK.search(document, end)
-        if following is None:
+        following = match["next"]
+        if following is not None:  # a Latin end, which is visible itself
+            if following.islower() or _abbreviates(document, match):
+                continue
+        elif _INK.search(document, end) is None:
             break
-        if match["latin"] is not None and (following[0].islower() or _abbreviates(document, match)):
-            continue
-        ink = _INK.search(document, start)
-        if ink is None or ink.start() >= end:
-            continue
+        elif document[end - 1].isspace():  # an empty line
+            ink = _INK.search(document, start)
+            if ink is None or ink.start() >= end:
+                continue
         pieces.append(document[start:end])
         start = end
     pieces.append(document[start:])
