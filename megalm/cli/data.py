@@ -12,7 +12,7 @@ import typer
 
 from megalm.cli.options import Overrides, Plugins, names
 from megalm.cli.show_progress import show_progress
-from megalm.data.readers import DOCUMENTS, MAX_DOCUMENT
+from megalm.data.reading.options import DOCUMENTS, MAX_DOCUMENT
 from megalm.data.tokenizer import Resolve, tokenizer_from_spec
 from megalm.errors import DataError
 
@@ -279,7 +279,7 @@ def inspect(
     """Show a store's manifest, decoded documents, and how long documents are.
 
     Given a run's configuration instead, show the rows of its first step as its objective builds them: [input->label]
-    where a masked token is to be recovered.
+    where a masked token is to be recovered, | between documents that share a row.
     """
     if store.suffix == ".toml":
         from megalm.cli.show_examples import show_examples

@@ -22,7 +22,7 @@ def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequ
     manager = PluginManager.for_launch(only)
     resolved = load_config(path, overrides, manager)
     config = resolved.config
-    ranks = config.parallel.tp * (config.parallel.dp or 1)
+    ranks = config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
     prepared = prepare_run(resolved, manager, ranks)
     feed = TrainFeed(
         prepared.objective,
@@ -50,23 +50,26 @@ def _show_row(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
     present = batch.get("attention_mask")
     length = len(tokens) if present is None else int(present[0].sum())
     chosen = np.zeros(len(tokens), dtype=bool) if labels is None else labels[0] != IGNORE
-    each_is_scored = bool(chosen.all())
-    types = batch.get("token_types")
+    most_are_scored = bool(chosen.mean() > 0.5)  # these labels stand in a line of their own
+    types, documents = batch.get("token_types"), batch.get("documents")
     pieces = [tokenizer.token(token) for token in tokens[:length].tolist()]
     # Pieces that mark the inside of words, as WordPiece's do, say nothing of the spaces between words.
     marks_inside = any(piece.startswith("##") for piece in pieces)
     for i, piece in enumerate(pieces):
+        if i and documents is not None and documents[0, i] != documents[0, i - 1]:
+            text.append(" | ", style="bold red")
         if i and marks_inside and not piece.startswith("##"):
             text.append(" ")
-        if labels is not None and chosen[i] and not each_is_scored:
+        if labels is not None and chosen[i] and not most_are_scored:
             text.append(f"[{piece}->{tokenizer.token(int(labels[0, i]))}]", style="bold yellow")
         else:
             text.append(piece, style="cyan" if types is not None and types[0, i] else "")
     if length < len(tokens):
         text.append(f" (and {len(tokens) - length} of padding)", style="dim")
     console.print(text)
-    if each_is_scored and labels is not None:
-        console.print(Text(f"labels: {''.join(tokenizer.token(token) for token in labels[0].tolist())}", style="dim"))
+    if most_are_scored and labels is not None:
+        shown = (tokenizer.token(token) if token != IGNORE else " | " for token in labels[0].tolist())
+        console.print(Text(f"labels: {''.join(shown)}", style="dim"))
     for name, array in batch.items():
         if array.ndim == 1:
             console.print(Text(f"{name}: {array[0]}", style="dim"))

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from megalm.data.clean import Cleaning
+from megalm.data.cleaning.cleaner import Cleaning
 from megalm.data.manifest import Manifest
 from megalm.errors import DataError
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megalm.config.pairs import settings_from_pairs
 from megalm.config.settings import Settings
 from megalm.data.folder import new_folder
-from megalm.data.inputs import find_inputs
-from megalm.data.readers import Documents, Reading, read_documents
+from megalm.data.progress import Progress, ticking
+from megalm.data.reading.documents import read_documents
+from megalm.data.reading.inputs import find_inputs
+from megalm.data.reading.options import Documents, Reading
 from megalm.data.tokenizer import DESCRIPTOR, save_tokenizer
 from megalm.plugin.contract.tokenizer import Tokenizer
 
@@ -24,7 +26,7 @@ def train_tokenizer(
     documents: Documents = "blank-line",
     text_key: str = "text",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tokenizer:
     """Train ``cls``, the plugin component ``component``, on the documents of ``inputs`` and save it in the new folder
     ``out``.
@@ -32,15 +34,8 @@ def train_tokenizer(
     Raises DataError for unusable input or output, TokenizerError where nothing can be learnt.
     """
     files = find_inputs(inputs).files
-    total = sum(file.size for file in files)
     reading = Reading(documents, text_key)
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(min(done, total), total)
+    tick = ticking(progress, sum(file.size for file in files))
 
     def texts() -> Iterator[str]:
         for file in files:

@@ -1,9 +1,9 @@
 """A file mapped for reading, that notices when somebody changes it underneath.
 
 A mapping of a file that shrinks ends the process with a signal that Python cannot catch, and one of a file that is
-written anew in place shows a mixture of both. So readers ask :meth:`MappedFile.changed` before they touch the memory:
-a shorter file is an error, another time of change tells them to trust nothing that they had checked before. (Files of
-megalm's own are never changed in place: they are renamed over the old one, whose mapping stays whole.)
+written anew in place shows a mixture of both. So readers ask :meth:`MappedFile.stamp` before they touch the memory:
+a shorter file is an error, another stamp tells them to trust nothing that they had checked before. (Files of megalm's
+own are never changed in place: they are renamed over the old one, whose mapping stays whole.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class MappedFile:
         found = os.fstat(self._handle)
         if found.st_size != size:
             raise self._resized(found.st_size)
-        self._stamp = (found.st_mtime_ns, found.st_ctime_ns)
         if size == 0:
             self.view = memoryview(b"")
             return
@@ -41,17 +40,13 @@ class MappedFile:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be mapped: {_reason(error)}; {remedy}") from None
 
-    def changed(self) -> bool:
-        """Whether the file was written since the last call (or since it was opened). DataError where its size is not
+    def stamp(self) -> tuple[int, int]:
+        """When the file was written last: another pair than before means that it was. DataError where its size is not
         what it was."""
         found = os.fstat(self._handle)
         if found.st_size != self.size:
             raise self._resized(found.st_size)
-        stamp = (found.st_mtime_ns, found.st_ctime_ns)
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp
-        return True
+        return found.st_mtime_ns, found.st_ctime_ns
 
     def _resized(self, found: int) -> DataError:
         return DataError(

@@ -76,9 +76,8 @@ class CheckedPages:
         self._firsts = [0]
         for view in self._views[:-1]:
             self._firsts.append(self._firsts[-1] + data_pages(len(view)))
-        self._known = array("q", [-1]) * REMEMBERED
         self._root = root
-        self._check_root()
+        self._forget()
 
     def file_offset(self, offset: int) -> int:
         """Where a byte of the data stands in its file."""
@@ -94,10 +93,8 @@ class CheckedPages:
 
         The caller has seen to it that the range lies within the data.
         """
-        for file in self._files:
-            if file.changed():
-                self._known = array("q", [-1]) * REMEMBERED
-                self._check_root()
+        if self._stamps != [file.stamp() for file in self._files]:
+            self._forget()
         self.check_again(start, stop)
 
     def check_again(self, start: int, stop: int) -> None:
@@ -118,6 +115,14 @@ class CheckedPages:
         size = len(self._views[0])
         for start in range(0, size, 1 << 20):
             yield start, min(start + (1 << 20), size)
+
+    def _forget(self) -> None:
+        """Trust nothing that was checked before. The stamps come last, so that no other thread takes what was known of
+        the former contents for what is known of these."""
+        stamps = [file.stamp() for file in self._files]
+        self._known = array("q", [-1]) * REMEMBERED
+        self._check_root()
+        self._stamps = stamps
 
     def _check_page(self, level: int, page: int) -> None:
         if level == len(self._sums):

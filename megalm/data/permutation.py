@@ -14,12 +14,12 @@ import json
 
 import numpy as np
 
+from megalm.data.mixing import mix, mix_many
 from megalm.native.helpers import helpers
 
 _ROUNDS = 8
 _LEAST_HALF_BITS = 3
 _GREATEST_NATIVE_HALF_BITS = 31  # the helper computes in 64 bits
-_MASK = (1 << 64) - 1
 
 
 class Permutation:
@@ -73,26 +73,11 @@ class Permutation:
     def _encipher(self, value: int) -> int:
         left, right = value >> self._half, value & self._low
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) >> (64 - self._half))
+            left, right = right, left ^ (mix(right ^ key) >> (64 - self._half))
         return left << self._half | right
 
     def _encipher_many(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> np.uint64(self._half), values & np.uint64(self._low)
         for key in self._keys:
-            left, right = right, left ^ (_mix_many(right ^ np.uint64(key)) >> np.uint64(64 - self._half))
+            left, right = right, left ^ (mix_many(right ^ np.uint64(key)) >> np.uint64(64 - self._half))
         return left << np.uint64(self._half) | right
-
-
-def _mix(x: int) -> int:
-    """The 64-bit finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
-    return x ^ x >> 31
-
-
-def _mix_many(x: np.ndarray) -> np.ndarray:
-    """The same for uint64 arrays, whose products wrap as the mask has them wrap."""
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    out: np.ndarray = x ^ x >> np.uint64(31)
-    return out

@@ -1,7 +1,7 @@
 """From input files to a token store: pieces are worked on one by one or side by side, then joined in reading order.
 
 What is finished of a piece is kept beside the store until the store is complete (see
-:mod:`megalm.data.workers_shard`), so that a run that was killed, or met a full disk, goes on where it was. The store
+:mod:`megalm.data.shards.shard`), so that a run that was killed, or met a full disk, goes on where it was. The store
 itself is written under a temporary name and renamed, so that nothing else could be taken for one.
 """
 
@@ -15,23 +15,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megalm.data import manifest as manifests
-from megalm.data.clean import Cleaning, check_cleaning
+from megalm.data.cleaning.cleaner import Cleaning, check_cleaning
 from megalm.data.folder import new_folder
-from megalm.data.inputs import Inputs, find_inputs, printable
-from megalm.data.manifest import Manifest, PreparationRecord, SourceRecord, TokenizerRecord
-from megalm.data.prepare_merge import Merge
-from megalm.data.readers import DOCUMENTS, MAX_DOCUMENT, Documents
+from megalm.data.manifest import Manifest, PreparationRecord, SourceRecord
+from megalm.data.progress import Progress, ticking
+from megalm.data.reading.inputs import Inputs, find_inputs, printable
+from megalm.data.reading.options import DOCUMENTS, MAX_DOCUMENT, Documents
+from megalm.data.reading.units import UNIT_BYTES, plan_units
+from megalm.data.shards.merge import Merge
+from megalm.data.shards.shard import Job, Shard, Work
+from megalm.data.shards.workers import run_jobs
 from megalm.data.split import Split
-from megalm.data.store import PARTS, TOKENIZER_FOLDER
-from megalm.data.tokenizer import save_tokenizer
-from megalm.data.units import UNIT_BYTES, plan_units
-from megalm.data.workers import run_jobs
-from megalm.data.workers_shard import Job, Shard, Work
+from megalm.data.store import PARTS
+from megalm.data.tokenizer import add_tokenizer
 from megalm.errors import DataError, UsageError
 from megalm.plugin.contract.tokenizer import Tokenizer
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes of all inputs)."""
 
 
 def prepare(
@@ -93,10 +91,8 @@ def prepare(
             eos, size = tokenizer.special.eos, tokenizer.vocab_size
             merge = Merge([shard for group in shards for shard in group], size, eos, cleaning, folder)
             parts = merge.write(Split(validation), PARTS if validation else PARTS[:1], str(found.files[0].path))
-            (folder / TOKENIZER_FOLDER).mkdir()
-            save_tokenizer(tokenizer, component, folder / TOKENIZER_FOLDER)
             result = Manifest(
-                tokenizer=TokenizerRecord(component=component, identity=tokenizer.identity, vocab_size=size, eos=eos),
+                tokenizer=add_tokenizer(tokenizer, component, folder),
                 parts=parts,
                 sources=plan.sources(place),
                 options=options,
@@ -127,8 +123,8 @@ class _Plan:
         self._tokenizer = tokenizer
         self._units: list[list[tuple[str, Job]]] = []
         self._digests: list[tuple[str, Job] | None] = []
-        for number, file in enumerate(found.files):
-            units = plan_units(number, file, work.documents)
+        for file in found.files:
+            units = plan_units(file, work.documents)
             self._units.append([self._named(Job(file, unit)) for unit in units])
             apart = len(units) > 1 or file.kind == "parquet"
             self._digests.append(self._named(Job(file, None)) if apart else None)
@@ -155,19 +151,13 @@ class _Plan:
             if path.name not in jobs:
                 shutil.rmtree(path, ignore_errors=True)
         total, done = sum(file.size for file in self._files), 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress(min(done, total), total)
-
         missing = []
         for key, job in jobs.items():
             if Shard.read(place / key) is None:
                 missing.append((key, job))
             elif job.unit is not None:
                 done += job.unit.bytes
+        tick = ticking(progress, total, done)
         if done:
             tick(0)
         try:

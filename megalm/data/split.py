@@ -26,10 +26,6 @@ class Split:
         """64-bit hash of a document."""
         return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
-    def side(self, key: int) -> str:
-        """Name of the part."""
-        return "validation" if key < self._limit else "train"
-
     def held_out(self, keys: np.ndarray) -> np.ndarray:
         """Which documents go to validation: (documents,) bool from (documents,) uint64."""
         if self._limit <= 0:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from megalm.data.manifest import TokenizerRecord
+from megalm.data.store import TOKENIZER_FOLDER
 from megalm.errors import PluginError, TokenizerError
 from megalm.plugin.contract.tokenizer import Tokenizer
 
@@ -38,6 +40,19 @@ def save_tokenizer(tokenizer: Tokenizer, component: str, folder: Path) -> None:
         "special": asdict(tokenizer.special),
     }
     (folder / DESCRIPTOR).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def add_tokenizer(tokenizer: Tokenizer, component: str, store: Path) -> TokenizerRecord:
+    """Save ``tokenizer`` in a token store that is being written; what the store's manifest says of it."""
+    folder = store / TOKENIZER_FOLDER
+    folder.mkdir()
+    save_tokenizer(tokenizer, component, folder)
+    return TokenizerRecord(
+        component=component,
+        identity=tokenizer.identity,
+        vocab_size=tokenizer.vocab_size,
+        eos=tokenizer.special.eos,
+    )
 
 
 def load_tokenizer(folder: Path, resolve: Resolve) -> tuple[str, Tokenizer]:

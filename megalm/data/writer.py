@@ -1,4 +1,4 @@
-"""Writes one part of a token store, in constant memory, from lists of ids or from arrays of many documents.
+"""Writes one part of a token store, in constant memory, from arrays of many documents at a time.
 
 Tokens go straight to their file, with their checksums on the way; the three arrays of the index grow in files of their
 own and are joined at the end, because their lengths are known only then.
@@ -7,7 +7,7 @@ own and are joined at the end, because their lengths are known only then.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,103 +17,34 @@ from megalm.data.format import HEADER_BYTES, PAGE_BYTES, IndexHeader, TokensHead
 from megalm.data.manifest import FileRecord, PartRecord
 from megalm.errors import TokenizerError
 
-_FLUSH = 1 << 18
 _COPY_BYTES = 1 << 20
 
 
 class PartWriter:
-    """``PART.tokens`` and ``PART.index`` in an existing folder. Call :meth:`add` or :meth:`add_arrays`, then
-    :meth:`close`."""
+    """``PART.tokens`` and ``PART.index`` in an existing folder. Call :meth:`add`, then :meth:`close`."""
 
     def __init__(self, folder: Path, part: str, vocab_size: int, eos: int | None) -> None:
         self.folder = folder
         self.part = part
         self.vocab_size = vocab_size
         self.eos = eos
-        self.tokens = 0
         self._dtype = np.dtype(f"<u{item_bytes(vocab_size)}")
         self._file = PagedFile(folder / f"{part}.tokens")
-        self._held: list[Sequence[Sequence[int]]] = []
-        self._held_tokens = 0
         self._index = IndexWriter(folder, part)
-        self._documents = self._sentences = 0
 
     @property
     def documents(self) -> int:
         """Documents added so far."""
-        return self._documents
+        return self._index.documents
 
-    @property
-    def sentences(self) -> int:
-        """Sentences added so far."""
-        return self._sentences
-
-    def add(self, document: Sequence[Sequence[int]]) -> bool:
-        """Append a document given as the ids of its sentences; False, and nothing written, where it has no tokens."""
-        kept = [sentence for sentence in document if len(sentence)]
-        if not kept:
-            return False
-        count = sum(map(len, kept))
-        self._held.append(kept)
-        self._held_tokens += count
-        self._documents += 1
-        self._sentences += len(kept)
-        self.tokens += count + (self.eos is not None)
-        if self._held_tokens >= _FLUSH:
-            self._flush()
-        return True
-
-    def add_arrays(self, ids: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> int:
+    def add(self, ids: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> int:
         """Append many documents at once, and return how many of them had tokens; those without are left out.
 
         ``ids``: (tokens,) integers, without end-of-document tokens; ``sentences``: (sentences,) tokens of each;
-        ``documents``: (documents,) sentences of each. Raises ValueError where the three do not fit together.
+        ``documents``: (documents,) sentences of each. Raises ValueError where the three do not fit together,
+        TokenizerError where an id is outside the vocabulary.
         """
-        self._flush()
-        sentences, documents = np.asarray(sentences, dtype=np.int64), np.asarray(documents, dtype=np.int64)
-        before = self._documents
-        self._write(np.asarray(ids), sentences, documents)
-        self._documents, self._sentences = self._index.documents, self._index.sentences
-        self.tokens = self._index.tokens
-        return self._documents - before
-
-    def close(self) -> PartRecord:
-        """Complete both files and return their record."""
-        self._flush()
-        tokens, size = self._index.tokens, self._dtype
-
-        def header(root: bytes) -> bytes:
-            return TokensHeader(size.str, tokens, self.vocab_size, False, root).pack()
-
-        self._file.close(header)
-        self._index.close(self.eos)
-        names = (f"{self.part}.tokens", f"{self.part}.index")
-        return PartRecord(
-            documents=self.documents,
-            sentences=self.sentences,
-            tokens=self.tokens,
-            files={name: record_file(self.folder / name) for name in names},
-        )
-
-    def abandon(self) -> None:
-        """Close and remove everything that was written."""
-        self._file.abandon()
-        self._index.abandon()
-
-    def _flush(self) -> None:
-        if not self._held:
-            return
-        documents = np.array([len(document) for document in self._held], dtype=np.int64)
-        sentences = np.array([len(sentence) for document in self._held for sentence in document], dtype=np.int64)
-        ids = np.fromiter(
-            (token for document in self._held for sentence in document for token in sentence),
-            dtype=np.int64,
-            count=self._held_tokens,
-        )
-        self._held, self._held_tokens = [], 0
-        self._write(ids, sentences, documents)
-
-    def _write(self, ids: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> None:
+        ids, sentences, documents = np.asarray(ids), np.asarray(sentences), np.asarray(documents)
         if (
             ids.ndim != 1
             or ids.dtype.kind not in "iu"
@@ -127,11 +58,11 @@ class PartWriter:
                 f"{int(documents.sum())} sentences of {len(sentences)}: these do not fit together"
             )
         if not len(ids):
-            return
-        self._check(ids)
+            return 0
+        check_ids(ids, self.vocab_size)
         # Documents' ends in sentences and tokens, before empty ones are dropped.
-        token_ends = np.concatenate(([0], np.cumsum(sentences)))
-        document_ends = token_ends[np.concatenate(([0], np.cumsum(documents)))]
+        token_ends = np.concatenate(([0], np.cumsum(sentences, dtype=np.int64)))
+        document_ends = token_ends[np.concatenate(([0], np.cumsum(documents, dtype=np.int64)))]
         lengths = np.diff(document_ends)
         owner = np.repeat(np.arange(len(documents)), documents)[sentences > 0]
         kept = lengths > 0
@@ -143,15 +74,37 @@ class PartWriter:
             ids = np.insert(ids.astype(self._dtype, copy=False), document_ends[1:][kept], self.eos)
         self._index.append(lengths[kept] + extra, counts, starts)
         self._file.write(np.ascontiguousarray(ids, dtype=self._dtype).data.cast("B"))
+        return int(kept.sum())
 
-    def _check(self, ids: np.ndarray) -> None:
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= self.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise TokenizerError(
-                f"the tokenizer returned id {wrong}, outside its vocabulary of {self.vocab_size}; "
-                "this is a fault of its plugin"
-            )
+    def close(self) -> PartRecord:
+        """Complete both files and return their record."""
+        tokens, size = self._index.tokens, self._dtype
+        self._file.close(lambda root: TokensHeader(size.str, tokens, self.vocab_size, False, root).pack())
+        self._index.close(self.eos)
+        names = (f"{self.part}.tokens", f"{self.part}.index")
+        return PartRecord(
+            documents=self._index.documents,
+            sentences=self._index.sentences,
+            tokens=tokens,
+            files={name: record_file(self.folder / name) for name in names},
+        )
+
+    def abandon(self) -> None:
+        """Close and remove everything that was written."""
+        self._file.abandon()
+        self._index.abandon()
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """TokenizerError where one of the integers, (tokens,), is no id of the vocabulary."""
+    if not len(ids):
+        return
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise TokenizerError(
+            f"the tokenizer returned id {wrong}, outside its vocabulary of {vocab_size}; this is a fault of its plugin"
+        )
 
 
 class IndexWriter:

@@ -8,12 +8,15 @@ Shapes: B rows, S positions, N heads on this rank, D features of a head, T = B *
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from megalm.nn.microbatch import Microbatch
-from megalm.ops.attention import attention, attention_with_dropout, document_attention
+from megalm.ops.attention import attention, attention_with_dropout
+from megalm.ops.document_attention import document_attention
 from megalm.ops.kernels import Kernels
 from megalm.ops.rope import rope_angles
 from megalm.parallel.layout import Init, covering_ranges, even_ranges, scale_ranges
@@ -86,37 +89,21 @@ class Attention(nn.Module):
             own = None if batch.documents is None else batch.documents.positions
             q, k = self.kernels.rope(qk, *angles, positions=own).split((n, m), dim=2)
         q_BNSD, k_BNSD, v_BNSD = q.transpose(1, 2), self._spread(k), self._spread(v)
-        mask = batch.tensors.get("attention_mask")
+        seen: dict[str, Any] = {"causal": self.causal, "mask_BS": batch.tensors.get("attention_mask")}
+        dropped: dict[str, Any] = {
+            "p": self.dropout,
+            "address": batch.full_address,
+            "site": self.site,
+            "first_head": self.first_head,
+            "kernels": self.kernels,
+        }
         if batch.documents is not None:
-            mixed = document_attention(
-                q_BNSD,
-                k_BNSD,
-                v_BNSD,
-                batch.documents.bounds,
-                batch.documents.starts,
-                causal=self.causal,
-                mask_BS=mask,
-                p=self.dropout,
-                address=batch.full_address,
-                site=self.site,
-                first_head=self.first_head,
-                kernels=self.kernels,
-            )
+            bounds, starts = batch.documents.bounds, batch.documents.starts
+            mixed = document_attention(q_BNSD, k_BNSD, v_BNSD, bounds, starts, **seen, **dropped)
         elif self.dropout and batch.full_address is not None:
-            mixed = attention_with_dropout(
-                q_BNSD,
-                k_BNSD,
-                v_BNSD,
-                causal=self.causal,
-                mask_BS=mask,
-                p=self.dropout,
-                address=batch.full_address,
-                site=self.site,
-                first_head=self.first_head,
-                kernels=self.kernels,
-            )
+            mixed = attention_with_dropout(q_BNSD, k_BNSD, v_BNSD, **seen, **dropped)
         else:
-            mixed = attention(q_BNSD, k_BNSD, v_BNSD, causal=self.causal, mask_BS=mask)
+            mixed = attention(q_BNSD, k_BNSD, v_BNSD, **seen)
         out: torch.Tensor = self.out(mixed.transpose(1, 2).reshape(batch.rows * batch.length, n * self.head_dim))
         return out
 

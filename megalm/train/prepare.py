@@ -58,15 +58,15 @@ class Prepared:
     @property
     def data_identity(self) -> str:
         """Hex SHA-256 over the hashes of the token files, and over what else decides which samples come when."""
-        found: list[Any] = [
-            {name: part.model_dump() for name, part in sorted(store.manifest.parts.items())}
-            for store in stores_of(self.train)
-        ]
         data = self.resolved.config.data
-        how: list[Any] = [] if data.path is not None else [[entry.weight for entry in data.blend]]
-        if data.packing:
-            how.append({"packing_window": data.packing_window})
-        content = [*found, *how] if how else found[0]
+        content = {
+            "stores": [
+                {name: part.model_dump() for name, part in store.manifest.parts.items()}
+                for store in stores_of(self.train)
+            ],
+            "weights": [entry.weight for entry in data.blend],
+            "packing_window": data.packing_window if data.packing else None,
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property

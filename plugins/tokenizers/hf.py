@@ -75,7 +75,6 @@ class HFTokenizer(Tokenizer):
         if not vocab:
             raise TokenizerError(f"{source}: a tokenizer with an empty vocabulary")
         self._text = text
-        self._fast: FastBPE | Literal[False] | None = False  # False: not tried yet
         self._size = max(vocab.values()) + 1
         added = {token.content: index for index, token in self._hf.get_added_tokens_decoder().items()}
         self._special = SpecialTokens(
@@ -119,9 +118,6 @@ class HFTokenizer(Tokenizer):
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         if self._byte_lengths is None:
             return super().encode_documents(documents)
-        if self._fast is False:
-            special = [token["content"] for token in self._content.get("added_tokens") or ()]
-            self._fast = fast_bpe(self._content, special, self.encode_batch)
         segments = [segment for document in documents for segment in document]
         texts = ["".join(document).encode("utf-8") for document in documents]
         ids = self._fast.encode(texts) if self._fast is not None and texts else None
@@ -138,6 +134,12 @@ class HFTokenizer(Tokenizer):
             return joined, np.diff(tokens)
         places = np.cumsum([len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments])
         return joined, np.diff(np.searchsorted(ends - sizes, places, side="left"), prepend=0)
+
+    @cached_property
+    def _fast(self) -> FastBPE | None:
+        """The fast engine, where it serves. Found when it is needed first: that takes a while."""
+        special = [token["content"] for token in self._content.get("added_tokens") or ()]
+        return fast_bpe(self._content, special, self.encode_batch)
 
     @cached_property
     def _byte_lengths(self) -> np.ndarray | None:

@@ -50,11 +50,14 @@ def made(request, tmp_path, random_documents, text_file):
 def test_reads_back_what_python_lists_say(made):
     folder, tokenizer, documents = made
     eos = tokenizer.special.eos
-    split = Split(0.1)
+
+    def held_out(text):
+        return bool(Split(0.1).held_out(np.array([Split.key(text)], dtype=np.uint64))[0])
+
     seen = 0
     for part in PARTS:
         store = TokenStore.open(folder, part)
-        mine = [text for text in documents if split.side(split.key(text)) == part]
+        mine = [text for text in documents if held_out(text) == (part == "validation")]
         stream, owner = [], []
         assert store.num_documents == len(mine) > 0
         for number, text in enumerate(mine):
@@ -125,20 +128,12 @@ def test_item_width_follows_the_vocabulary(made):
     assert path.stat().st_size == HEADER_BYTES + data + 4096
 
 
-class Unchecked(PartWriter):
-    """Lets every id pass."""
-
-    def _check(self, ids):
-        pass
-
-
 @pytest.mark.parametrize(("vocab_size", "size"), [(300, 2), (70_000, 4)])
-def test_token_outside_the_vocabulary_names_file_and_offset(tmp_path, vocab_size, size):
+def test_token_outside_the_vocabulary_names_file_and_offset(tmp_path, monkeypatch, vocab_size, size):
     """Also where the checksums are right."""
-    writer = Unchecked(tmp_path, "train", vocab_size, None)
-    for _ in range(30):
-        writer.add([[1] * 100])
-    writer.add([[vocab_size]])
+    monkeypatch.setattr("megalm.data.writer.check_ids", lambda ids, vocab_size: None)
+    writer = PartWriter(tmp_path, "train", vocab_size, None)
+    writer.add([1] * 3000 + [vocab_size], [100] * 30 + [1], [1] * 31)
     _manifest(tmp_path, writer.close(), vocab_size, None)
     store = TokenStore.open(tmp_path, "train")
     assert store.stream(0, 3000).sum() == 3000
@@ -235,9 +230,7 @@ def test_index_that_does_not_rise_is_refused_even_with_right_checksums(tmp_path,
     folder = tmp_path / "store"
     folder.mkdir()
     writer = PartWriter(folder, "train", 10, 9)
-    for _ in range(4):
-        writer.add([[1, 2], [3]])
-    writer._flush()
+    writer.add([1, 2, 3] * 4, [2, 1] * 4, [2] * 4)
     spool = writer._index._spools[array]
     spool._file.seek(8 * 3)
     before = spool._file.read(8)
@@ -326,30 +319,35 @@ def test_version_1_is_refused_with_what_to_do(made):
         TokenStore.open(folder, "train")
 
 
-def test_arrays_give_the_bytes_that_lists_give(tmp_path, campaign_seed):
+def test_the_bytes_do_not_depend_on_how_many_documents_are_added_at_once(tmp_path, campaign_seed):
     rng = random.Random(campaign_seed)
     for case, (vocab_size, eos) in enumerate([(300, 7), (300, None), (70_000, 9)]):
         documents = [
             [[rng.randrange(vocab_size) for _ in range(rng.choice((0, 1, 2, 50)))] for _ in range(rng.randint(0, 5))]
             for _ in range(600)
         ]
-        folders = [tmp_path / f"{kind}{case}" for kind in ("lists", "arrays", "mixed")]
-        for kind, folder in enumerate(folders):
+        full = [[sentence for sentence in document if sentence] for document in documents if any(document)]
+        folders = [tmp_path / f"{at_once}-{case}" for at_once in (1, 100, 600)]
+        for at_once, folder in zip((1, 100, 600), folders, strict=True):
             folder.mkdir()
             writer = PartWriter(folder, "train", vocab_size, eos)
             kept = 0
-            for first in range(0, len(documents), 100):
-                some = documents[first : first + 100]
-                if kind == 0 or (kind == 2 and first % 200):
-                    kept += sum(writer.add(document) for document in some)
-                else:
-                    ids = np.array([i for d in some for s in d for i in s], dtype=np.uint32)
-                    kept += writer.add_arrays(ids, [len(s) for d in some for s in d], [len(d) for d in some])
+            for first in range(0, len(documents), at_once):
+                some = documents[first : first + at_once]
+                ids = np.array([i for d in some for s in d for i in s], dtype=np.uint32)
+                kept += writer.add(ids, [len(s) for d in some for s in d], [len(d) for d in some])
             record = writer.close()
-            assert record.documents == kept == sum(any(map(len, document)) for document in documents)
-            assert record.sentences == sum(bool(s) for document in documents for s in document)
+            assert record.documents == kept == len(full)
+            assert record.sentences == sum(map(len, full))
         for name in ("train.tokens", "train.index"):
             assert len({(folder / name).read_bytes() for folder in folders}) == 1
+        _manifest(folders[0], record, vocab_size, eos)
+        store = TokenStore.open(folders[0], "train")
+        for number, document in enumerate(full):
+            first, last = store.document_sentences(number)
+            assert [store.stream(*store.sentence(i)).tolist() for i in range(first, last)] == document
+            end = [] if eos is None else [eos]
+            assert store.stream(*store.document(number)).tolist() == [i for s in document for i in s] + end
     writer = PartWriter(tmp_path, "train", 10, None)
     for ids, sentences, some in (
         (np.arange(3), [2], [1]),
@@ -358,6 +356,6 @@ def test_arrays_give_the_bytes_that_lists_give(tmp_path, campaign_seed):
         (np.arange(3), [4, -1], [2]),
     ):
         with pytest.raises(ValueError, match="do not fit together"):
-            writer.add_arrays(ids, sentences, some)
+            writer.add(ids, sentences, some)
     writer.abandon()
     assert not list(tmp_path.glob("train*"))

@@ -145,7 +145,7 @@ def _written(folder: Path, documents: int) -> TokenStore:
     writer = PartWriter(folder, "train", 300, None)
     for first in range(0, documents, 100_000):
         some = np.full(min(100_000, documents - first), 3, dtype=np.int64)
-        writer.add_arrays(np.full(3 * len(some), 7), some, np.ones(len(some), dtype=np.int64))
+        writer.add(np.full(3 * len(some), 7), some, np.ones(len(some), dtype=np.int64))
     return _open(folder, writer.close(), 300)
 
 

@@ -1,8 +1,9 @@
 """Whatever happens to a store's files, a reader gets the right answer or a typed error: never a crash, a hang, an id
 out of range, or another store's words.
 
-The stores here are small, several pages long, and of both kinds: with ids of their own, and over another program's
-file. ``MEGALM_PROOF=full`` runs 10,000 mutations, the sample that is drawn from the printed seed a few hundred.
+The stores here are small, several pages long, made of several pieces by two workers, and of both kinds: with ids of
+their own, and over another program's file. ``MEGALM_PROOF=full`` runs 10,000 mutations, the sample that is drawn from
+the printed seed a few hundred.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 from megalm.data.megatron.export import export_megatron
 from megalm.data.megatron.importing import import_megatron
 from megalm.data.prepare import prepare
+from megalm.data.reading import units
 from megalm.data.store import PARTS, TokenStore
 from megalm.data.tokenizer import load_tokenizer
 from megalm.errors import MegalmError
@@ -164,7 +166,7 @@ class Victim:
         for name, texts in (("store", documents), ("older", [text[::-1] for text in documents])):
             text = root / f"{name}.txt"
             text.write_text("\n\n".join(texts), encoding="utf-8")
-            prepare([text], ByteTokenizer(), root / f"{name}.own", component="byte", validation=0.3)
+            prepare([text], ByteTokenizer(), root / f"{name}.own", component="byte", validation=0.3, workers=2)
             if linked:
                 for part in PARTS:
                     source = TokenStore.open(root / f"{name}.own", part)
@@ -219,7 +221,10 @@ class Victim:
 
 
 @pytest.mark.parametrize("linked", [False, True], ids=["own", "linked"])
-def test_mutations_are_refused_or_harmless(tmp_path, random_documents, resolve, campaign_seed, full, linked):
+def test_mutations_are_refused_or_harmless(
+    tmp_path, random_documents, resolve, campaign_seed, full, linked, monkeypatch
+):
+    monkeypatch.setattr(units, "UNIT_BYTES", 5000)
     rng = random.Random(f"{campaign_seed} {linked}")
     victim = Victim(tmp_path / "v", linked, random_documents(rng.randrange(1000), 150))
     with _limit("the whole store"):

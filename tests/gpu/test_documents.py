@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalm.nn.documents import find_documents
-from megalm.ops.attention import document_attention
+from megalm.ops.document_attention import document_attention
 from megalm.ops.kernels import PLAIN
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -161,7 +161,7 @@ def test_other_tokenizers_go_the_slow_way(tokenizer, change):
     found = HFTokenizer(json.dumps(json.loads(tokenizer._text) | change), "changed")
     documents = [split_sentences(text) for text in mixed(4, 30)]
     ids, lengths = found.encode_documents(documents)
-    assert found._fast is False
+    assert "_fast" not in vars(found), "the fast engine is not even looked for"
     assert ids.tolist() == flat(found.encode_segments(documents))
     assert int(lengths.sum()) == len(ids)
 

@@ -69,7 +69,7 @@ GALLERY: dict[str, tuple[str, set[str], str, str]] = {
     ),
     "a dropout of tokens while encoding": (
         "random_state",
-        {"batch_independence", "segments", "round_trip", "saved_and_loaded"},
+        {"batch_independence", "segments", "documents", "round_trip", "saved_and_loaded"},
         "encoding .* again gives other ids",
         """
     lossless = False
@@ -232,7 +232,7 @@ GALLERY: dict[str, tuple[str, set[str], str, str]] = {
     ),
     "an end-of-document token added to every text": (
         "any_text",
-        {"special_text", "segments"},
+        {"special_text", "segments", "documents"},
         "add no special tokens in encode_batch",
         """
     def _encode(self, text):
@@ -282,7 +282,7 @@ GALLERY: dict[str, tuple[str, set[str], str, str]] = {
     ),
     "special tokens read from segments alone": (
         "special_text",
-        {"segments"},
+        {"segments", "documents"},
         "encode_segments",
         """
     def encode_segments(self, documents):
@@ -292,7 +292,7 @@ GALLERY: dict[str, tuple[str, set[str], str, str]] = {
     ),
     "all ids in the first segment": (
         "segments",
-        set(),
+        {"documents"},
         "a token belongs to the segment in which it begins",
         """
     def encode_segments(self, documents):
@@ -302,7 +302,7 @@ GALLERY: dict[str, tuple[str, set[str], str, str]] = {
     ),
     "segments without the spaces around them": (
         "segments",
-        set(),
+        {"documents"},
         "other ids than their whole text",
         """
     def encode_segments(self, documents):
@@ -311,11 +311,44 @@ GALLERY: dict[str, tuple[str, set[str], str, str]] = {
     ),
     "empty segments left out": (
         "segments",
-        set(),
+        {"documents"},
         "empty ones included",
         """
     def encode_segments(self, documents):
         return [[self._encode(s) for s in document if s] for document in documents]
+""",
+    ),
+    "arrays of other ids than lists": (
+        "documents",
+        set(),
+        "encode_documents gives other ids",
+        """
+    def encode_documents(self, documents):
+        ids, lengths = super().encode_documents(documents)
+        return np.where(ids == ids.max(), ids.min(), ids), lengths
+""",
+    ),
+    "arrays that leave empty segments out": (
+        "documents",
+        set(),
+        "one for each of the .* segments",
+        """
+    def encode_documents(self, documents):
+        ids, lengths = super().encode_documents(documents)
+        return ids, lengths[lengths > 0]
+""",
+    ),
+    "arrays cut in the wrong places": (
+        "documents",
+        set(),
+        "a token belongs to the segment in which it begins",
+        """
+    def encode_documents(self, documents):
+        ids, lengths = super().encode_documents(documents)
+        first = np.cumsum([0, *map(len, documents)])
+        for start, stop in zip(first[:-1], first[1:]):
+            lengths[start:stop] = lengths[start:stop][::-1].copy()
+        return ids, lengths
 """,
     ),
     "a claim to be lossless that folds case": (

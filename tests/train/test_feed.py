@@ -88,6 +88,16 @@ def test_every_layout_and_worker_count_sees_the_same(
         assert rows_of(prepared, first, steps, batch, dp, accumulation, workers) == expected
 
 
+def test_no_world_changes_what_stands_at_a_place(blended: Any, campaign_seed: int, full: bool) -> None:
+    """Worlds of 1 to 64 ranks, each step cut in 1 to 8, 0 to 4 workers; also where the size of a step is another."""
+    prepared = blended()
+    expected = rows_of(prepared, 0, 1, 512, 1, 1, 0)
+    every = [(dp, accumulation, workers) for dp in range(1, 65) for accumulation in range(1, 9) for workers in range(5)]
+    for dp, accumulation, workers in every if full else random.Random(campaign_seed).sample(every, 12):
+        found = rows_of(prepared, 0, 1, dp * accumulation, dp, accumulation, workers)
+        assert found == {place: expected[place] for place in range(dp * accumulation)}, (dp, accumulation, workers)
+
+
 def test_a_run_goes_on_with_the_next_sample_in_another_world(blended: Any, campaign_seed: int) -> None:
     """Stopped after any step, resumed with other ranks, accumulation and workers, three epochs and more."""
     prepared = blended()

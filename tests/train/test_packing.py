@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from megalm.cli.data import app
 from megalm.model.language_model import LanguageModel
 from megalm.nn.documents import find_documents
 from megalm.nn.microbatch import make_microbatch
-from megalm.ops.attention import attention, document_attention
+from megalm.ops import choose
+from megalm.ops.attention import attention
+from megalm.ops.document_attention import document_attention
 from megalm.ops.kernels import PLAIN
+from megalm.ops.native.library import Absent, library
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import run_simulated
 from megalm.plugin.contract.objective import IGNORE
 from megalm.testing.parity import assert_parity, loss_and_gradients, make_model
+from megalm.train.feed import TrainFeed
 from megalm.train.prepare import Prepared
 
 MODELS = [("causal_lm", "gpt2"), ("causal_lm", "llama"), ("mlm", "bert")]
@@ -103,6 +110,49 @@ def test_layouts_agree(prepare: Any, objective: str, architecture: str, dropout:
             assert_parity(found, expected, rtol=1e-10, label=f"{layout}")
 
 
+@pytest.mark.parametrize(("objective", "architecture"), MODELS)
+@pytest.mark.parametrize("dropout", ["0.0", "0.2"])
+def test_pipelines_agree(prepare: Any, objective: str, architecture: str, dropout: str) -> None:
+    """Every stage learns of the documents, also where it computes the forward again."""
+    overrides = (*PACKED, f"model.attention_dropout={dropout}", f"model.dropout={dropout}", "model.layers=4")
+    alone = prepare(objective, *overrides, architecture=architecture)
+    expected = loss_and_gradients(alone, single_rank(), step=1)
+    for settings, layout in (
+        (("parallel.pp=2", "train.recompute=full"), {"pp": 2}),
+        (("parallel.pp=2", "parallel.pp_schedule=zb-v", "parallel.tp=2", "parallel.sp=true"), {"tp": 2, "sp": True}),
+    ):
+        layout = {"pp": 2, **layout}
+        world = layout["pp"] * layout.get("tp", 1)
+        prepared = prepare(objective, *overrides, *settings, architecture=architecture, world_size=world)
+
+        def rank(parallel: ParallelContext, prepared: Prepared = prepared) -> Any:
+            return loss_and_gradients(prepared, parallel, step=1, pipeline=prepared.pipeline)
+
+        for found in run_simulated(rank, **layout):
+            assert_parity(found, expected, rtol=1e-10, label=f"{layout}")
+
+
+@pytest.mark.skipif(isinstance(library(), Absent), reason="the kernels are not built here")
+@pytest.mark.parametrize(("objective", "architecture"), MODELS)
+def test_kernels_compute_packed_rows(prepare: Any, objective: str, architecture: str) -> None:
+    """The masked softmax of dropped probabilities, rotary embedding by positions of their own, and all others."""
+    found = {}
+    for name in ("cpu", "reference"):
+        prepared = prepare(
+            objective,
+            *PACKED,
+            *("model.dropout=0.1", "model.attention_dropout=0.1", "train.precision=float32"),
+            *(f"kernels.{operation}={name}" for operation in choose.OPERATIONS),
+            architecture=architecture,
+        )
+        used = {decision.operation: decision.implementation for decision in prepared.kernels}
+        assert used["softmax"] == name
+        assert used.get("rope", name) == name
+        found[name] = loss_and_gradients(prepared, single_rank(), step=1)
+    assert_parity(found["cpu"], found["reference"], rtol=1e-3)
+    assert any(not torch.equal(found["cpu"][key], value) for key, value in found["reference"].items())
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 def test_attention_is_that_under_a_mask_of_all_positions(causal: bool, padded: bool, campaign_seed: int) -> None:
@@ -124,6 +174,24 @@ def test_attention_is_that_under_a_mask_of_all_positions(causal: bool, padded: b
         seen = seen & mask[:, None, :]
     scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~seen[:, None], -torch.inf)
     torch.testing.assert_close(found, scores.softmax(-1) @ v, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_are_shown_with_the_places_between_documents(prepare: Any, tmp_path: Path) -> None:
+    prepared = prepare("causal_lm", *PACKED)
+    settings = [word for setting in PACKED for word in ("--set", setting)]
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run.toml"), "--samples", "4", *settings])
+    assert shown.exit_code == 0, shown.output
+    seed = prepared.resolved.config.run.seed
+    feed = TrainFeed(
+        prepared.objective, prepared.train, seed=seed, global_batch=4, micro_batch=4, dp_index=0, dp_size=1
+    )
+    (rows,) = feed.step(0)
+    places = int((np.diff(rows.batch["documents"]) != 0).sum())
+    assert places > 0
+    shown_rows = "".join(shown.output.splitlines()).split("slot ")[1:]
+    assert sum(row.partition("labels: ")[0].count(" | ") for row in shown_rows) >= places
+    assert sum(row.partition("labels: ")[2].count(" | ") for row in shown_rows) >= places
+    assert "->" not in shown.output
 
 
 def test_one_document_a_row_is_plain_attention() -> None:

@@ -73,8 +73,8 @@ class IndexedDataset:
         """
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
-        self._idx.changed()
-        self._bin.changed()
+        self._idx.stamp()
+        self._bin.stamp()
         pointer, length = self._place(int(index))
         stop = length if stop is None else int(stop)
         if not 0 <= start <= stop <= length:
@@ -92,7 +92,7 @@ class IndexedDataset:
         """Sequences [first, last) of a document; the two are equal where it is empty."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        self._idx.changed()
+        self._idx.stamp()
         first, last = int(self.documents[index]), int(self.documents[index + 1])
         if not 0 <= first <= last <= self.num_sequences:
             raise self._falling(index)

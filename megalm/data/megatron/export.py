@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from megalm.data.megatron.layout import MAX_LENGTH, IdxHeader, dtype_for, paths
+from megalm.data.progress import Progress, ticking
 from megalm.data.store import TokenStore
 from megalm.errors import DataError
 from megalm.files import sync
@@ -30,12 +31,12 @@ def export_megatron(
     *,
     sequences: str = "documents",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Path, Path]:
     """Write ``store`` as ``PREFIX.bin`` and ``PREFIX.idx``; the two paths.
 
     ``sequences``: what is a sequence, "documents" or "sentences". The type of the tokens is the one that Megatron-LM
-    chooses for the vocabulary. ``progress`` is called with (tokens written, all tokens). Memory does not depend on the
+    chooses for the vocabulary. Memory does not depend on the
     store. The ``.idx`` file appears last, and is removed first where ``overwrite`` replaces an older dataset, so that
     no index ever stands beside tokens that are not its own.
 
@@ -76,12 +77,11 @@ def export_megatron(
     return targets
 
 
-def _write_tokens(out: BinaryIO, store: TokenStore, dtype: str, progress: Callable[[int, int], None] | None) -> None:
+def _write_tokens(out: BinaryIO, store: TokenStore, dtype: str, progress: Progress | None) -> None:
+    tick = ticking(progress, np.dtype(dtype).itemsize * store.num_tokens)
     for start in range(0, store.num_tokens, _CHUNK):
         stop = min(start + _CHUNK, store.num_tokens)
-        out.write(store.stream(start, stop).astype(dtype).tobytes())
-        if progress is not None:
-            progress(stop, store.num_tokens)
+        tick(out.write(store.stream(start, stop).astype(dtype).tobytes()))
 
 
 def _write_index(out: BinaryIO, store: TokenStore, dtype: str, by_document: bool) -> None:

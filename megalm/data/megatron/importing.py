@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from megalm.data.folder import new_folder
-from megalm.data.manifest import Manifest, SourceRecord, TokenizerRecord
+from megalm.data.manifest import Manifest, SourceRecord
 from megalm.data.megatron.dataset import IndexedDataset
 from megalm.data.megatron.link import Linked, Slice, copy_part, link_part
 from megalm.data.prepare import is_store
-from megalm.data.store import PARTS, TOKENIZER_FOLDER
-from megalm.data.tokenizer import save_tokenizer
+from megalm.data.progress import Progress, ticking
+from megalm.data.reading.inputs import printable
+from megalm.data.store import PARTS
+from megalm.data.tokenizer import add_tokenizer
 from megalm.data.writer import hash_file
 from megalm.errors import DataError
 from megalm.plugin.contract.tokenizer import Tokenizer
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes of all tokens)."""
 
 
 def import_megatron(
@@ -59,28 +57,13 @@ def import_megatron(
                 f"{dataset.idx_path}: its sequences have modes, so not all of them may be text; add --ignore-modes to "
                 "train on all alike"
             )
-    total = sum(part.bytes for part in parts.values())
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(min(done, total), total)
-
+    tick = ticking(progress, sum(part.bytes for part in parts.values()))
     made: dict[str, Linked] = {}
     with new_folder(out, overwrite=overwrite, is_ours=is_store, what="token store") as folder:
         for name, part in parts.items():
             made[name] = (copy_part if copy else link_part)(folder, name, part, tokenizer, tick)
-        (folder / TOKENIZER_FOLDER).mkdir()
-        save_tokenizer(tokenizer, component, folder / TOKENIZER_FOLDER)
         result = Manifest(
-            tokenizer=TokenizerRecord(
-                component=component,
-                identity=tokenizer.identity,
-                vocab_size=tokenizer.vocab_size,
-                eos=tokenizer.special.eos,
-            ),
+            tokenizer=add_tokenizer(tokenizer, component, folder),
             parts={name: linked.record for name, linked in made.items()},
             sources=[_source(dataset) for dataset in datasets],
             options={
@@ -123,8 +106,7 @@ def _remarks(made: dict[str, Linked], tokenizer: Tokenizer) -> list[str]:
 
 def _source(dataset: IndexedDataset) -> SourceRecord:
     size, sha256 = hash_file(dataset.idx_path)
-    path = os.fsencode(dataset.idx_path).decode("utf-8", errors="backslashreplace")
-    return SourceRecord(path=path, bytes=size, sha256=sha256, documents=dataset.num_documents)
+    return SourceRecord(path=printable(dataset.idx_path), bytes=size, sha256=sha256, documents=dataset.num_documents)
 
 
 def _text(path: Path) -> str:

@@ -12,7 +12,7 @@ Megatron-LM writes them; other files, and those whose parts shall lie together, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,13 @@ from megalm.data.format import TokensHeader
 from megalm.data.manifest import LinkRecord, PartRecord
 from megalm.data.megatron.dataset import IndexedDataset
 from megalm.data.megatron.ids import check_ids
+from megalm.data.progress import Tick
 from megalm.data.writer import IndexWriter, PagedFile, PartWriter, record_file
 from megalm.errors import DataError
 from megalm.plugin.contract.tokenizer import Tokenizer
 
 _DOCUMENTS = 1 << 16
 _TOKENS = 1 << 20
-
-Tick = Callable[[int], None]
-"""Called with the bytes that were read since the last call."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def copy_part(folder: Path, part: str, source: Slice, tokenizer: Tokenizer, tick
 
 def _add(writer: PartWriter, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> None:
     ids = np.concatenate([np.zeros(0, dtype=np.int64), *(sequence.astype(np.int64) for sequence in sequences)])
-    writer.add_arrays(ids, np.array([len(s) for s in sequences], dtype=np.int64), np.array(counts, dtype=np.int64))
+    writer.add(ids, np.array([len(s) for s in sequences], dtype=np.int64), np.array(counts, dtype=np.int64))
 
 
 def _index_run(index: IndexWriter, dataset: IndexedDataset, first: int, last: int, start: int, eos: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megalm.data.sentences import split_sentences
@@ -203,6 +204,41 @@ def segments(subject: TokenizerSubject) -> str:
     return f"{len(documents)} documents, the places of {cuts} boundaries"
 
 
+def documents(subject: TokenizerSubject) -> str:
+    """The arrays that preparation stores hold the ids of the whole texts, cut where the segments are."""
+    tokenizer = subject.tokenizer
+    draw = random.Random(subject.seed)
+    given: list[list[str]] = [[], ["", ""]]
+    for text in subject.usable:
+        given += [[text], pieces(text, draw)]
+    ids, lengths = tokenizer.encode_documents(given)
+    count = sum(map(len, given))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise CheckFailed(
+            f"encode_documents returned arrays of {ids.dtype} {list(ids.shape)} and {lengths.dtype} "
+            f"{list(lengths.shape)}; it must return two flat arrays of integers"
+        )
+    if len(lengths) != count or int(lengths.sum()) != len(ids) or (count and int(lengths.min()) < 0):
+        raise CheckFailed(
+            f"encode_documents returned {len(lengths)} lengths that add up to {int(lengths.sum())} for {len(ids)} ids; "
+            f"it must return one for each of the {count} segments, and they must add up to the ids"
+        )
+    ends = [0, *lengths.cumsum().tolist()]
+    parts = iter([ids[start:stop].tolist() for start, stop in pairwise(ends)])
+    for document in given:
+        mine = [next(parts) for _ in document]
+        joined = [index for part in mine for index in part]
+        whole = tokenizer.encode_batch(["".join(document)])[0]
+        if joined != whole:
+            raise CheckFailed(
+                f"encode_documents gives other ids for {_shown(document)} than encode_batch for the text: "
+                f"{words.difference(joined, whole)}"
+            )
+        if tokenizer.decode(whole) == "".join(document):
+            _check_cuts(subject, document, mine)
+    return f"{len(given)} documents of {count} segments"
+
+
 def _check_cuts(subject: TokenizerSubject, document: list[str], parts: list[list[int]]) -> None:
     """A boundary may lie on either side of the token across it, and no further."""
     tokenizer = subject.tokenizer
@@ -230,5 +266,6 @@ CHECKS: tuple[Check[TokenizerSubject], ...] = (
     Check("batch_independence", "A text's ids do not depend on the batch it is in", batch_independence),
     Check("long_text", f"{LONG:,} characters without a space take seconds, not hours", long_text),
     Check("special_text", "Text that spells a special token never becomes one", special_text),
+    Check("documents", "The arrays that preparation stores hold the same ids, cut at the segments", documents),
     Check("segments", "A document in segments has the ids of its whole text, cut where the segments are", segments),
 )

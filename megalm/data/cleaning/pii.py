@@ -66,22 +66,21 @@ _RULES: dict[str, tuple[re.Pattern[str], Callable[[str], bool] | None, str]] = {
     "phone": (_PHONE, _is_phone, "<PHONE>"),
 }
 """In the order in which they are applied: a card's number must not be taken for a telephone's."""
-KINDS = tuple(_RULES)
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """DataError where a kind is unknown."""
+    if unknown := [kind for kind in kinds if kind not in _RULES]:
+        raise DataError(f"--scrub {','.join(unknown)}: expected kinds among {', '.join(_RULES)}")
 
 
 class Scrubber:
     """Replaces the named kinds of personal data and counts them."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        self.check(kinds, KINDS)
+        check_kinds(kinds)
         self._rules = {kind: rule for kind, rule in _RULES.items() if kind in kinds}
         self.counts: Counter[str] = Counter()
-
-    @staticmethod
-    def check(kinds: Sequence[str], known: Sequence[str]) -> None:
-        """DataError where a kind is unknown."""
-        if unknown := [kind for kind in kinds if kind not in known]:
-            raise DataError(f"--scrub {','.join(unknown)}: expected kinds among {', '.join(known)}")
 
     def apply(self, text: str) -> str:
         """The text with a placeholder such as ``<EMAIL>`` for each piece that was found."""

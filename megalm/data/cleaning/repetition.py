@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megalm.data.dedup_shingles import shingles
+from megalm.data.cleaning.shingles import shingles
 
 
 def repetition(texts: Sequence[str]) -> list[float]:

@@ -12,14 +12,16 @@ import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megalm.data.progress import Tick
+from megalm.data.shards.making import make_shard
+from megalm.data.shards.shard import Job, Work
 from megalm.data.tokenizer import load_tokenizer, save_tokenizer
-from megalm.data.workers_shard import Job, Work, make_shard
 from megalm.errors import DataError, MegalmError, TokenizerError, UsageError
 from megalm.plugin.contract.tokenizer import Tokenizer
 
@@ -31,8 +33,6 @@ ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _TOKENIZER = "tokenizer"
-
-Tick = Callable[[int], None]
 
 
 @contextmanager
@@ -72,7 +72,7 @@ class _Process:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "megalm.data.workers_main"]
+        command = [sys.executable, "-m", "megalm.data.shards.worker_main"]
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, encoding="utf-8"
         )

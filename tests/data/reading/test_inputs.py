@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from megalm.data.inputs import find_inputs
 from megalm.data.prepare import prepare
+from megalm.data.reading.inputs import find_inputs
 from megalm.data.store import TokenStore
 from megalm.errors import DataError
 from megalm_plugins.tokenizers.byte import ByteTokenizer
@@ -129,7 +129,7 @@ def test_zstandard(tmp_path, random_documents):
 def test_parquet(tmp_path, random_documents, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    from megalm.data import units
+    from megalm.data.reading import units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
     texts = random_documents(2, 2000)

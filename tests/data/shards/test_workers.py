@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data import units
-from megalm.data.clean import Cleaning
-from megalm.data.inputs import describe
+from megalm.data.cleaning.cleaner import Cleaning
 from megalm.data.prepare import prepare
-from megalm.data.readers import Reading, Source, read_unit
-from megalm.data.units import plan_units
-from megalm.data.workers import run_jobs, worker_tokenizer
-from megalm.data.workers_shard import Job, Work
+from megalm.data.reading import units
+from megalm.data.reading.documents import read_unit
+from megalm.data.reading.inputs import describe
+from megalm.data.reading.options import Reading
+from megalm.data.reading.source import Source
+from megalm.data.reading.units import plan_units
+from megalm.data.shards.shard import Job, Work
+from megalm.data.shards.workers import run_jobs, worker_tokenizer
+from megalm.data.store import PARTS, TokenStore
 from megalm.errors import DataError, TokenizerError
 from megalm_plugins.tokenizers.byte import ByteTokenizer
 
@@ -65,9 +68,9 @@ def test_pieces_join_to_the_whole(tmp_path, monkeypatch, how, size):
             return found
 
         monkeypatch.setattr(units, "UNIT_BYTES", 1 << 24)
-        (whole,) = read(plan_units(0, file, how))
+        (whole,) = read(plan_units(file, how))
         monkeypatch.setattr(units, "UNIT_BYTES", size)
-        pieces = plan_units(0, file, how)
+        pieces = plan_units(file, how)
         assert [document for piece in read(pieces) for document in piece] == whole
         assert [unit.start for unit in pieces] == [0, *(unit.stop for unit in pieces[:-1])]
         assert sum(unit.bytes for unit in pieces) == file.size
@@ -107,7 +110,7 @@ def test_a_workers_mistakes_are_the_parents_error(tmp_path, random_documents, sm
 
 def test_a_worker_that_is_killed_is_reported(tmp_path, random_documents, small_units, monkeypatch):
     paths = write_corpus(tmp_path / "in", random_documents)
-    from megalm.data import workers
+    from megalm.data.shards import workers
 
     start = workers._Process.__init__
 
@@ -122,9 +125,10 @@ def test_a_worker_that_is_killed_is_reported(tmp_path, random_documents, small_u
 
 SLOW = """
 import sys, time
-from megalm.data import units, workers_shard
-from megalm.data.clean import Cleaning
+from megalm.data.reading import units
+from megalm.data.cleaning.cleaner import Cleaning
 from megalm.data.prepare import prepare
+from megalm.data.reading import units
 from megalm_plugins.tokenizers.byte import ByteTokenizer
 units.UNIT_BYTES = 9000
 *paths, out, workers = sys.argv[1:]
@@ -132,8 +136,31 @@ prepare(paths, ByteTokenizer(), out, component="byte", workers=int(workers), cle
 """
 
 
-@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (1, 1), (2, 1), (3, 2)])
-def test_killed_at_random_and_run_again_gives_the_same_bytes(tmp_path, random_documents, small_units, seed, workers):
+def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
+    tmp_path, random_documents, small_units, full, campaign_seed
+):
+    """Also while it starts, and while it joins the pieces."""
+    paths = write_corpus(tmp_path / "in", random_documents)
+    command = [sys.executable, "-c", SLOW, *map(str, paths)]
+    begin = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole"), "1"], check=True)
+    length = time.monotonic() - begin
+    rng = random.Random(campaign_seed)
+    for number in range(20 if full else 3):
+        out, workers, moment = tmp_path / f"s{number}", rng.randint(1, 3), rng.uniform(0.1, 1.0) * length
+        child = subprocess.Popen([*command, str(out), str(workers)])
+        try:
+            child.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        prepare(paths, ByteTokenizer(), out, component="byte", cleaning=Cleaning(dedup="near"), overwrite=True)
+        assert files_of(out) == files_of(tmp_path / "whole"), f"{workers} workers, killed after {moment:.2f} s"
+        assert not list(tmp_path.glob(".s*"))
+
+
+@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (3, 2)])
+def test_what_is_finished_is_kept(tmp_path, random_documents, small_units, seed, workers):
     paths = write_corpus(tmp_path / "in", random_documents)
     cleaning = Cleaning(dedup="near")
     prepare(paths, ByteTokenizer(), tmp_path / "whole", component="byte", cleaning=cleaning)
@@ -164,6 +191,8 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(tmp_path, random_do
         assert seen == stamps
     assert files_of(out) == files_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".s*"))
+    for part in PARTS:
+        TokenStore.open(out, part).verify()
 
 
 def test_damaged_leftovers_are_made_again(tmp_path, random_documents, small_units):
@@ -205,12 +234,12 @@ def test_an_input_that_changes_is_noticed(tmp_path, random_documents):
 
 def test_a_full_disk_is_named_and_what_is_finished_stays(tmp_path, random_documents, monkeypatch):
     from megalm.data import prepare as module
-    from megalm.data import workers_shard
+    from megalm.data.shards import making
 
     monkeypatch.setattr(units, "UNIT_BYTES", 9000)
     monkeypatch.setattr(module, "UNIT_BYTES", 9000)
     paths = write_corpus(tmp_path / "in", random_documents)
-    write, left = workers_shard._File.write, [12]
+    write, left = making._File.write, [12]
 
     def full(self, data):
         left[0] -= 1
@@ -218,11 +247,11 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(tmp_path, random_docume
             raise OSError(28, "No space left on device", str(self.path))
         write(self, data)
 
-    monkeypatch.setattr(workers_shard._File, "write", full)
+    monkeypatch.setattr(making._File, "write", full)
     with pytest.raises(DataError, match="cannot write the token store: No space left on device"):
         prepare(paths, ByteTokenizer(), tmp_path / "s", component="byte")
     assert len(list(tmp_path.glob(".s.prepare/*/shard.json"))) == 4
-    monkeypatch.setattr(workers_shard._File, "write", write)
+    monkeypatch.setattr(making._File, "write", write)
     prepare(paths, ByteTokenizer(), tmp_path / "s", component="byte")
     prepare(paths, ByteTokenizer(), tmp_path / "t", component="byte")
     assert files_of(tmp_path / "s") == files_of(tmp_path / "t")
@@ -232,7 +261,7 @@ def test_a_shards_name_follows_what_decides_it(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a\n\nb")
     work = Work("blank-line", "text", False, 100, True, Cleaning())
-    (unit,) = plan_units(0, describe(path), "blank-line")
+    (unit,) = plan_units(describe(path), "blank-line")
     names = {Job(describe(path), unit).key(work, ByteTokenizer()), Job(describe(path), None).key(work, ByteTokenizer())}
     for other in (
         Work("line", "text", False, 100, True, Cleaning()),

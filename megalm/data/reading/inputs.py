@@ -91,11 +91,6 @@ def find_inputs(inputs: Sequence[Path | str], *, skip: bool = False) -> Inputs:
     return found
 
 
-def check_input(path: Path) -> int:
-    """Size of an input file. DataError unless it is a regular, non-empty file."""
-    return _status(path).st_size
-
-
 def _status(path: Path) -> os.stat_result:
     try:
         status = path.stat()

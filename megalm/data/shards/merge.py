@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megalm.data.clean import Cleaning
-from megalm.data.dedup import PLACES, exact_repeats, near_repeats
+from megalm.data.cleaning.cleaner import Cleaning
+from megalm.data.cleaning.duplicates import PLACES, exact_repeats, near_repeats
 from megalm.data.manifest import PartRecord
+from megalm.data.shards.shard import Shard, ShardData
 from megalm.data.split import Split
-from megalm.data.workers_shard import Shard, ShardData
 from megalm.data.writer import PartWriter
 from megalm.errors import DataError
 
@@ -124,5 +124,5 @@ def _copy(data: ShardData, chosen: np.ndarray, writer: PartWriter) -> None:
             if not some.all():
                 ids = ids[np.repeat(some, tokens[start:stop])]
                 lengths = lengths[np.repeat(some, sentences[start:stop])]
-            writer.add_arrays(ids, lengths, sentences[start:stop][some])
+            writer.add(ids, lengths, sentences[start:stop][some])
         start = stop

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megalm.data.dedup_shingles import mix, shingles
+from megalm.data.cleaning.shingles import shingles
+from megalm.data.mixing import mix_many
 
 PLACES = 128
 _NONE = np.uint32(0xFFFFFFFF)
@@ -43,7 +44,7 @@ def _densify(signatures: np.ndarray) -> np.ndarray:
         if not len(rows):
             break
         if probe < _PROBES:
-            source = mix((places * (_PROBES + PLACES) + probe).astype(np.uint64)) % np.uint64(PLACES)
+            source = mix_many((places * (_PROBES + PLACES) + probe).astype(np.uint64)) % np.uint64(PLACES)
             found = given[rows, source.astype(np.int64)]
         else:
             found = given[rows, (places + probe) % PLACES]
@@ -96,7 +97,7 @@ def near_repeats(signatures: np.ndarray, similarity: float, left_out: np.ndarray
 def _band_keys(signatures: np.ndarray, alive: np.ndarray, first: int, rows: int) -> np.ndarray:
     keys = np.zeros(len(alive), dtype=np.uint64)
     for place in range(first, first + rows):
-        keys = mix(keys ^ signatures[alive, place].astype(np.uint64) + np.uint64(place))
+        keys = mix_many(keys ^ signatures[alive, place].astype(np.uint64) + np.uint64(place))
     return keys
 
 

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from megalm.data.clean import Cleaning
-from megalm.data.dedup import PLACES, band_rows, exact_repeats, near_repeats, sign
-from megalm.data.dedup_shingles import WORDS, shingles
+from megalm.data.cleaning.cleaner import Cleaning
+from megalm.data.cleaning.duplicates import PLACES, band_rows, exact_repeats, near_repeats, sign
+from megalm.data.cleaning.shingles import WORDS, shingles
 from megalm.data.prepare import prepare
 from megalm.data.store import TokenStore
 from megalm_plugins.tokenizers.byte import ByteTokenizer

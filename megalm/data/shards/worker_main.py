@@ -1,4 +1,4 @@
-"""A worker process of :mod:`megalm.data.workers`: ``python -m megalm.data.workers_main``.
+"""A worker process of :mod:`megalm.data.shards.workers`: ``python -m megalm.data.shards.worker_main``.
 
 Its first line of standard input says what is to be done with every piece, each further line names a piece; it answers
 with lines on standard output. It ends when its input does, even in the middle of a piece, so that it never outlives
@@ -16,11 +16,12 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megalm.data.clean import Cleaning
-from megalm.data.inputs import InputFile
-from megalm.data.units import Unit
-from megalm.data.workers import worker_tokenizer
-from megalm.data.workers_shard import Job, Work, make_shard
+from megalm.data.cleaning.cleaner import Cleaning
+from megalm.data.reading.inputs import InputFile
+from megalm.data.reading.units import Unit
+from megalm.data.shards.making import make_shard
+from megalm.data.shards.shard import Job, Work
+from megalm.data.shards.workers import worker_tokenizer
 from megalm.errors import MegalmError
 
 

@@ -2,7 +2,7 @@
 
 The steps run in one fixed order: normalise, control characters, personal data, then the filters, so that a filter
 judges the text that would be trained on. Everything is off unless asked for. A document's fate depends on its own text
-alone; duplicates, which do not, are decided when all pieces are there (:mod:`megalm.data.dedup`).
+alone; duplicates, which do not, are decided when all pieces are there (:mod:`megalm.data.cleaning.duplicates`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Literal
 from pydantic import Field
 
 from megalm.config.settings import Settings
-from megalm.data.clean_language import LanguageFilter
-from megalm.data.clean_repetition import repetition
-from megalm.data.pii import KINDS, Scrubber
+from megalm.data.cleaning.language import LanguageFilter
+from megalm.data.cleaning.pii import Scrubber, check_kinds
+from megalm.data.cleaning.repetition import repetition
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
 """Control characters but tab and line feed, and invisible ones that order or break text. Joiners stay: scripts and
@@ -113,6 +113,6 @@ class Cleaner:
 
 def check_cleaning(cleaning: Cleaning) -> None:
     """Raise DataError where a kind of personal data or a language is unknown, or a library is missing."""
-    Scrubber.check(cleaning.scrub, KINDS)
+    check_kinds(cleaning.scrub)
     if cleaning.languages:
         LanguageFilter(cleaning.languages)

@@ -12,6 +12,8 @@ from functools import cache
 
 import numpy as np
 
+from megalm.data.mixing import mix_many
+
 WORDS = 5
 _ALONE = (
     *((0x0E00, 0x0E7F), (0x0E80, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF)),
@@ -19,13 +21,6 @@ _ALONE = (
 )
 """Thai, Lao, Tibetan, Myanmar, Khmer, kana and ideographs."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: uint64 to uint64, one to one, every bit of the input spread over all of the output."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(values ^ (values >> np.uint64(31)), dtype=np.uint64)
 
 
 @cache
@@ -56,7 +51,7 @@ def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     first = np.flatnonzero(starts[inside])
     lengths = np.diff(first, append=len(inside))
     place = (np.arange(len(inside)) - np.repeat(first, lengths)).astype(np.uint64)
-    words = mix(np.add.reduceat(mix(codes[inside].astype(np.uint64) + (place + np.uint64(1)) * _MIX), first))
+    words = mix_many(np.add.reduceat(mix_many(codes[inside].astype(np.uint64) + (place + np.uint64(1)) * _MIX), first))
     owner = np.searchsorted(ends, inside[first], side="right")
     return _runs(words, owner)
 
@@ -73,4 +68,4 @@ def _runs(words: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         whole &= same
     whole[0] = True
     whole[1:] |= owner[1:] != owner[:-1]
-    return mix(runs)[whole], owner[whole]
+    return mix_many(runs)[whole], owner[whole]

@@ -7,9 +7,9 @@ import pytest
 
 from megalm.cli.show_prepared import cleaning_from
 from megalm.cli.show_progress import ProgressLines
-from megalm.data.clean import Cleaner, Cleaning, check_cleaning
-from megalm.data.clean_repetition import repetition
-from megalm.data.pii import Scrubber
+from megalm.data.cleaning.cleaner import Cleaner, Cleaning, check_cleaning
+from megalm.data.cleaning.pii import Scrubber
+from megalm.data.cleaning.repetition import repetition
 from megalm.data.prepare import prepare
 from megalm.data.store import TokenStore
 from megalm.errors import DataError

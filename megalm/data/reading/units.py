@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megalm.data.extras import parquet_file
-from megalm.data.inputs import InputFile
+from megalm.data.reading.inputs import InputFile
 from megalm.errors import DataError
 
 UNIT_BYTES = 1 << 24
@@ -28,15 +28,13 @@ _LINE = re.compile(rb"\n")
 class Unit:
     """A piece of an input file: bytes [start, stop), or row groups of a Parquet file."""
 
-    file: int
-    """Number of the file in the plan."""
     start: int
     stop: int
     bytes: int
     """Its share of the file on disk, for showing progress."""
 
 
-def plan_units(number: int, file: InputFile, documents: str) -> list[Unit]:
+def plan_units(file: InputFile, documents: str) -> list[Unit]:
     """The pieces of one file, in order. DataError where it cannot be read."""
     if file.kind == "parquet":
         cuts = _row_groups(file)
@@ -45,10 +43,7 @@ def plan_units(number: int, file: InputFile, documents: str) -> list[Unit]:
     else:
         cuts = _cuts(file, BLANK_LINES if file.kind == "text" and documents == "blank-line" else _LINE)
     whole = max(1, cuts[-1])
-    return [
-        Unit(number, start, stop, file.size * stop // whole - file.size * start // whole)
-        for start, stop in pairwise(cuts)
-    ]
+    return [Unit(start, stop, file.size * stop // whole - file.size * start // whole) for start, stop in pairwise(cuts)]
 
 
 def _cuts(file: InputFile, boundary: re.Pattern[bytes]) -> list[int]:

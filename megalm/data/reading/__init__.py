@@ -1,0 +1,1 @@
+"""Input files to documents: which files, in which pieces, and what is in them."""

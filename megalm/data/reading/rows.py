@@ -1,0 +1,126 @@
+"""The texts in rows of JSONL and Parquet, each row at fault named, or skipped and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megalm.data.extras import parquet_file
+from megalm.data.reading.blocks import Blocks
+from megalm.data.reading.inputs import InputFile
+from megalm.data.reading.options import Reading
+from megalm.data.reading.units import Unit
+from megalm.errors import DataError
+
+_READ = 1 << 20
+
+
+def json_rows(blocks: Blocks, reading: Reading) -> Iterator[str]:
+    """Texts of the rows of JSONL. DataError with file and line where one is at fault and not to be skipped."""
+    rows = 0
+    for block, _ in blocks:
+        lines = block.split("\n")
+        for index, line in enumerate(lines):
+            if not line or line.isspace():
+                continue
+            try:
+                yield _row_text(line, reading.text_key)
+            except _Unusable as error:
+                if not reading.skip:
+                    number = _lines_before(blocks.path, blocks.start) + rows + index + 1
+                    raise DataError(f"{blocks.path}: line {number}{error.message}") from None
+                reading.skipped[error.reason] += 1
+        rows += len(lines) - 1
+
+
+class _Unusable(Exception):
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason, self.message = reason, message
+
+
+def _row_text(line: str, text_key: str) -> str:
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise _Unusable(
+            "not valid JSON", f", column {error.colno}: not valid JSON: {error.msg}; expected one object a line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _Unusable("not valid JSON", f": not usable JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise _Unusable("not an object", f': expected an object with key "{text_key}", found a {_json_type(row)}')
+    if text_key not in row:
+        keys = ", ".join(f'"{key}"' for key in sorted(row)[:10]) or "no keys"
+        raise _Unusable(
+            "without the text", f': no key "{text_key}", only {keys}; name the key of the text with --text-key'
+        )
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise _Unusable("text is not a string", f': "{text_key}" is a {_json_type(text)}, expected a string')
+    if "\\u" in line:  # only an escape can spell half of a pair
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _Unusable(
+                "not valid UTF-8",
+                f': character {error.start} of "{text_key}" is half of a surrogate pair, which is not valid text',
+            ) from None
+    return text
+
+
+def _lines_before(path: Path, offset: int) -> int:
+    count = 0
+    with open(path, "rb") as file:
+        while offset > 0 and (chunk := file.read(min(_READ, offset))):
+            count += chunk.count(b"\n")
+            offset -= len(chunk)
+    return count
+
+
+def parquet_rows(file: InputFile, unit: Unit, reading: Reading) -> Iterator[str]:
+    """Texts of row groups. DataError with file and row where one is at fault and not to be skipped."""
+    parquet = parquet_file(file.path)
+    names = parquet.schema_arrow.names
+    if reading.text_key not in names:
+        problem = f'no column "{reading.text_key}", only {", ".join(names[:10])}; name it with --text-key'
+        if not reading.skip:
+            raise DataError(f"{file.path}: {problem}")
+        reading.skipped["rest of a damaged file"] += 1
+        return
+    row = sum(parquet.metadata.row_group(group).num_rows for group in range(unit.start))
+    batches = parquet.iter_batches(1024, list(range(unit.start, unit.stop)), [reading.text_key], use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # the library raises many kinds
+            if not reading.skip:
+                raise DataError(f"{file.path}: cannot be read after row {row}: {error}") from None
+            reading.skipped["rest of a damaged file"] += 1
+            return
+        if batch is None:
+            return
+        for value in batch.column(0):
+            row += 1
+            try:
+                yield _parquet_text(value, reading.text_key)
+            except _Unusable as error:
+                if not reading.skip:
+                    raise DataError(f"{file.path}: row {row}{error.message}") from None
+                reading.skipped[error.reason] += 1
+
+
+def _parquet_text(value: Any, text_key: str) -> str:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        raise _Unusable("not valid UTF-8", f": not valid UTF-8: {error}") from None
+    if not isinstance(text, str):
+        raise _Unusable("text is not a string", f': "{text_key}" is a {_json_type(text)}, expected a string')
+    return text
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "truth value", type(None): "null"}
+    return names.get(type(value), "number")
