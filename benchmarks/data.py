@@ -19,7 +19,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -28,15 +27,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(ONE_THREAD)
 
-from megalm_plugins.tokenizers.hf import HFTokenizer  # noqa: E402  # threads are chosen before libraries load
+from record import write_record  # noqa: E402  # threads are chosen before libraries load
+
+from megalm_plugins.tokenizers.hf import HFTokenizer  # noqa: E402
 
 _REFERENCE_BYTES = 4_000_000
 _BATCH = 500
@@ -172,33 +171,14 @@ def main() -> None:
             "encoding": encoding(texts, options.tokenizer, options.rounds),
             "commands": whole(options.corpus, options.tokenizer, options.megatron, options.rounds, Path(work)),
         }
-    record = {
-        "benchmark": "data",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "device": platform.processor() or platform.machine(),
-        "threads": 1,
+    found = {
         "rounds": options.rounds,
         "corpus": {"bytes": sum(len(text.encode()) for text in texts), "documents": len(texts)},
-        "versions": {name: _version(name) for name in ("tokenizers", "gigatoken", "numpy", "torch")},
         "results": results,
     }
-    print(json.dumps(record, indent=1))
+    print(json.dumps(found, indent=1))
     if options.write:
-        folder = Path(__file__).resolve().parent / "results"
-        (folder / f"data-{record['date']}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
+        write_record("data", found, peers=("tokenizers", "gigatoken", "numpy"))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ class IndexArray:
         self._pages.check(at, self._start + 8 * stop)
         return self._values[start:stop]
 
+    def rising(self, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop): int64, a copy. DataError where they do not rise."""
+        values = self.between(start, stop).copy()
+        wrong = np.flatnonzero(values[1:] <= values[:-1])
+        if len(wrong):
+            raise self._falls(start + 1 + int(wrong[0]), int(values[wrong[0] + 1]), "")
+        return values
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Entries at rising ``indices``: (indices,) int64. Checks everything from the first to the last of them."""
         found: np.ndarray = self.between(int(indices[0]), int(indices[-1]) + 1)[indices - indices[0]]
@@ -78,8 +86,10 @@ class IndexArray:
             elif not len(wrong) and start + len(values) > last and values[-1] != end:
                 wrong = np.array([len(values) - 1])
             if len(wrong):
-                at = start + int(wrong[0])
-                raise DataError(
-                    f"{self._pages.path}: offset {self._pages.file_offset(self._start + 8 * at)} holds "
-                    f"{values[wrong[0]]}, but the {self._what} must rise from 0 to {end}; {self._pages.remedy}"
-                )
+                raise self._falls(start + int(wrong[0]), int(values[wrong[0]]), f" from 0 to {end}")
+
+    def _falls(self, entry: int, value: int, bounds: str) -> DataError:
+        return DataError(
+            f"{self._pages.path}: offset {self._pages.file_offset(self._start + 8 * entry)} holds {value}, but the "
+            f"{self._what} must rise{bounds}; {self._pages.remedy}"
+        )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megalm.plugin.contract.objective import Corpus
 
@@ -43,46 +44,50 @@ def packed_row(corpus: Corpus, row: int, length: int, window: int) -> list[Piece
         raise IndexError(f"row {row} of {rows} packed rows")
     first = row - row % window
     count = min(window, rows - first)
-    return _pack(_pieces(corpus, first * length, (first + count) * length, length), count, length)[row - first]
+    return _row(_pieces(corpus, first * length, (first + count) * length, length), row - first, count, length)
 
 
-def _pieces(corpus: Corpus, start: int, stop: int, length: int) -> list[Piece]:
-    """The documents of a window, cut at its ends and where they are longer than a row."""
+def _pieces(corpus: Corpus, start: int, stop: int, length: int) -> list[tuple[int, int, bool]]:
+    """The documents of a window, cut at its ends and where they are longer than a row, longest first: (start less
+    stop, start, whether the document ends there)."""
     found = []
-    document = corpus.document_at(start)
-    while start < stop:
-        _, end = corpus.document(document)
+    edges = corpus.document_offsets(corpus.document_at(start), corpus.document_at(stop - 1) + 2).tolist()
+    for begin, end in pairwise([start, *edges[1:]]):
         last = min(end, stop)
-        while start < last:
-            cut = min(start + length, last)
-            found.append(Piece(start, cut, cut == end))
-            start = cut
-        document += 1
+        while begin < last:
+            cut = min(begin + length, last)
+            found.append((begin - cut, begin, cut == end))
+            begin = cut
+    found.sort()
     return found
 
 
-def _pack(pieces: list[Piece], rows: int, length: int) -> list[list[Piece]]:
-    """Best fit, longest first; then the rest, longest first, cut to fill the largest gaps."""
-    packed: list[list[Piece]] = [[] for _ in range(rows)]
-    gaps = [(length, row) for row in range(rows)]
+def _row(pieces: list[tuple[int, int, bool]], wanted: int, rows: int, length: int) -> list[Piece]:
+    """Best fit, longest first; then the rest, longest first, cut to fill the largest gaps. What one row gets of it.
+
+    A gap is one number, its size times ``rows`` and its row: this is the inner loop of packed training.
+    """
+    packed: list[Piece] = []
+    gaps = [length * rows + row for row in range(rows)]
     left = []
-    for piece in sorted(pieces, key=lambda p: (p.start - p.stop, p.start)):
-        size = piece.stop - piece.start
-        at = bisect_left(gaps, (size, -1))
+    for negative, start, ends in pieces:
+        size = -negative
+        at = bisect_left(gaps, size * rows)
         if at == len(gaps):
-            left.append(piece)
+            left.append((start, start + size, ends))
             continue
-        gap, row = gaps.pop(at)
-        packed[row].append(piece)
+        gap, row = divmod(gaps.pop(at), rows)
+        if row == wanted:
+            packed.append(Piece(start, start + size, ends))
         if gap > size:
-            insort(gaps, (gap - size, row))
-    for piece in left:
-        start = piece.start
-        while start < piece.stop:
-            gap, row = gaps.pop()
-            cut = min(start + gap, piece.stop)
-            packed[row].append(Piece(start, cut, piece.ends and cut == piece.stop))
+            insort(gaps, (gap - size) * rows + row)
+    for start, stop, ends in left:
+        while start < stop:
+            gap, row = divmod(gaps.pop(), rows)
+            cut = min(start + gap, stop)
+            if row == wanted:
+                packed.append(Piece(start, cut, ends and cut == stop))
             if gap > cut - start:
-                insort(gaps, (gap - (cut - start), row))
+                insort(gaps, (gap - (cut - start)) * rows + row)
             start = cut
     return packed

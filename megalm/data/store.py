@@ -322,4 +322,4 @@ def _check(index: int, count: int, what: str) -> int:
 def _slice(array: IndexArray, start: int, stop: int) -> np.ndarray:
     if not 0 <= start <= stop <= len(array):
         raise IndexError(f"entries [{start}, {stop}) of {len(array)}")
-    return array.between(int(start), int(stop)).copy()
+    return array.rising(int(start), int(stop))

@@ -6,6 +6,7 @@ import random
 from bisect import bisect_right
 from itertools import accumulate
 
+import numpy as np
 import pytest
 
 from megalm.data.pack import packed_row, packed_rows
@@ -18,8 +19,8 @@ class Lengths:
         self.bounds = [0, *accumulate(lengths)]
         self.num_tokens = self.bounds[-1]
 
-    def document(self, index: int) -> tuple[int, int]:
-        return self.bounds[index], self.bounds[index + 1]
+    def document_offsets(self, start: int, stop: int) -> np.ndarray:
+        return np.array(self.bounds[start:stop])
 
     def document_at(self, position: int) -> int:
         return bisect_right(self.bounds, position) - 1

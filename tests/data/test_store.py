@@ -243,6 +243,9 @@ def test_index_that_does_not_rise_is_refused_even_with_right_checksums(tmp_path,
     wrong = (store.document, store.document_sentences, store.sentence)[array]
     with pytest.raises(DataError, match=rf"train\.index: .* at offset {offset} are (\d+) and \1, but they must rise"):
         wrong(2)
+    whole = (store.document_offsets, store.first_sentences, store.sentence_offsets)[array]
+    with pytest.raises(DataError, match=rf"train\.index: offset {offset + 8} holds"):
+        whole(0, 5)
     with pytest.raises(DataError, match=rf"train\.index: offset {offset + 8} holds"):
         store.verify()
 

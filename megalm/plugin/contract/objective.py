@@ -123,6 +123,10 @@ class Corpus(Protocol):
         """Token range [start, stop) of a document, its end-of-document token included."""
         ...
 
+    def document_offsets(self, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of the token offsets of documents, int64; the last entry is the stream's length."""
+        ...
+
     def document_sentences(self, index: int) -> tuple[int, int]:
         """Range [first, last) of the numbers of a document's sentences; never empty."""
         ...
