@@ -8,8 +8,10 @@ own are never changed in place: they are renamed over the old one, whose mapping
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import resource
 import weakref
 from pathlib import Path
 
@@ -27,7 +29,7 @@ class MappedFile:
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read: {_reason(error)}; {remedy}") from None
+            raise unreadable(path, error, remedy) from None
         weakref.finalize(self, os.close, self._handle)
         found = os.fstat(self._handle)
         if found.st_size != size:
@@ -38,7 +40,7 @@ class MappedFile:
         try:
             self.view = memoryview(mmap.mmap(self._handle, size, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be mapped: {_reason(error)}; {remedy}") from None
+            raise unreadable(path, error, remedy) from None
 
     def stamp(self) -> tuple[int, int]:
         """When the file was written last: another pair than before means that it was. DataError where its size is not
@@ -55,5 +57,21 @@ class MappedFile:
         )
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+def unreadable(path: Path, error: OSError | ValueError, remedy: str) -> DataError:
+    """What to say where a file cannot be opened or mapped: it need not be the file's fault."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "allow more with ulimit -n (a corpus takes eight), or join corpora into larger ones"
+    reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return DataError(f"{path}: cannot be read: {reason}; {remedy}")
+
+
+def make_room(corpora: int) -> None:
+    """Let this process have the files of so many more corpora open, as far as its hard limit goes.
+
+    A corpus is two parts of two files, and a mapped file takes two descriptors: its own, and Python's mapping's.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + 8 * corpora
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and allowed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -21,7 +21,7 @@ import numpy as np
 from megalm.data.format import HEADER_BYTES, PAGE_BYTES, IndexHeader, TokensHeader, data_pages, seal_of
 from megalm.data.index import IndexArray
 from megalm.data.manifest import LinkRecord, Manifest, PartRecord
-from megalm.data.mapped import MappedFile
+from megalm.data.mapped import MappedFile, unreadable
 from megalm.data.pages import CheckedPages, checksum_bytes
 from megalm.data.writer import record_file
 from megalm.errors import DataError, TokenizerError
@@ -273,7 +273,7 @@ class TokenStore:
                 raw = file.read(HEADER_BYTES)
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; {self._remedy}") from None
+            raise unreadable(path, error, self._remedy) from None
         if path.name not in record.files:
             raise DataError(f"{path}: the manifest does not know this file; {self._remedy}")
         expected = record.files[path.name]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megalm.config.load import Resolved
 from megalm.config.schema import DataConfig
 from megalm.data.blend import Blend
+from megalm.data.mapped import make_room
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
 from megalm.errors import ConfigError, DataError, LayoutError, PluginError, ScheduleError
@@ -97,6 +98,7 @@ def prepare_run(
     wrong with one kind of thing.
     """
     config = resolved.config
+    make_room(len(config.data.blend))
     train, validation = _open(config.data, "train"), _open(config.data, "validation")
     first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
     _, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))

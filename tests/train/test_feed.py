@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 import threading
 from collections import Counter
 from pathlib import Path
@@ -93,7 +95,7 @@ def test_no_world_changes_what_stands_at_a_place(blended: Any, campaign_seed: in
     prepared = blended()
     expected = rows_of(prepared, 0, 1, 512, 1, 1, 0)
     every = [(dp, accumulation, workers) for dp in range(1, 65) for accumulation in range(1, 9) for workers in range(5)]
-    for dp, accumulation, workers in every if full else random.Random(campaign_seed).sample(every, 12):
+    for dp, accumulation, workers in every if full else random.Random(campaign_seed).sample(every, 4):
         found = rows_of(prepared, 0, 1, dp * accumulation, dp, accumulation, workers)
         assert found == {place: expected[place] for place in range(dp * accumulation)}, (dp, accumulation, workers)
 
@@ -132,6 +134,23 @@ def test_a_blend_draws_each_corpus_apart(blended: Any, stores: list[Path]) -> No
     prepared = blended(entries=twice, objective="mlm")
     rows = rows_of(prepared, 0, 60, 8, 1, 1, 0)
     assert len(set(rows.values())) > 0.9 * len(rows), "only rows without a choice are alike"
+
+
+def test_more_corpora_than_files_may_be_open_by_default(blended: Any, stores: list[Path]) -> None:
+    """A run asks for more, as far as it may; else it says what to do."""
+    entries = ", ".join(f'{{path = "{stores[n % 3]}", epochs = 0}}' for n in range(60))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = len(os.listdir("/proc/self/fd")) + 100
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+        assert len(blended(entries=entries).train.corpora) == 60
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megalm.train.prepare.make_room", lambda corpora: None)
+            with pytest.raises(DataError, match=r"Too many open files; allow more with ulimit -n"):
+                blended(entries=entries)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_evaluation_of_a_blend(blended: Any) -> None:
