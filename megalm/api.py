@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     )
     from megalm.plugin.contract.pipeline_csv import order_from_csv, order_to_csv
     from megalm.plugin.contract.records import FieldSpec, Record
+    from megalm.plugin.contract.source import AddressedSource, DataSource, StreamSource
     from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
     from megalm.plugin.hookspecs import API_VERSION, hookimpl
 
@@ -105,6 +106,7 @@ _HOMES = {
     ),
     "megalm.plugin.contract.pipeline_csv": ("order_from_csv", "order_to_csv"),
     "megalm.plugin.contract.records": ("FieldSpec", "Record"),
+    "megalm.plugin.contract.source": ("AddressedSource", "DataSource", "StreamSource"),
     "megalm.plugin.contract.tokenizer": ("SpecialTokens", "Tokenizer"),
     "megalm.plugin.hookspecs": ("API_VERSION", "hookimpl"),
 }
@@ -115,6 +117,7 @@ __all__ = [
     "IGNORE",
     "Action",
     "ActionKind",
+    "AddressedSource",
     "Architecture",
     "Batch",
     "BubbleFormula",
@@ -126,6 +129,7 @@ __all__ = [
     "Corpus",
     "Costs",
     "DataError",
+    "DataSource",
     "Example",
     "FieldSpec",
     "Head",
@@ -153,6 +157,7 @@ __all__ = [
     "ScheduleError",
     "Settings",
     "SpecialTokens",
+    "StreamSource",
     "TensorSpec",
     "Term",
     "Tokenizer",

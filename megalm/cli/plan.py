@@ -128,12 +128,14 @@ def _training(prepared: Prepared, dp_index: int, dp_size: int) -> Iterator[Mappi
     """The microbatches of the first step."""
     import torch
 
+    from megalm.parallel.mesh import single_rank
     from megalm.train.feed import TrainFeed
+    from megalm.train.streamed import train_samples
 
     config = prepared.resolved.config
     feed = TrainFeed(
         prepared.objective,
-        prepared.train,
+        train_samples(prepared, single_rank()),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,

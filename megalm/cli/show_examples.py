@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from megalm.config.load import load_config
+from megalm.parallel.mesh import single_rank
 from megalm.plugin.contract.objective import IGNORE, Batch
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
 from megalm.train.feed import TrainFeed
 from megalm.train.prepare import prepare_run
+from megalm.train.streamed import train_samples
 
 
 def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequence[str] | None) -> None:
@@ -26,7 +28,7 @@ def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequ
     prepared = prepare_run(resolved, manager, ranks)
     feed = TrainFeed(
         prepared.objective,
-        prepared.train,
+        train_samples(prepared, single_rank()),
         seed=config.run.seed,
         global_batch=min(samples, config.train.global_batch),
         micro_batch=1,

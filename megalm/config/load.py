@@ -51,6 +51,7 @@ class SectionKind:
 SECTIONS = {
     "objective": SectionKind("objectives", ("train", "objective")),
     "optimizer": SectionKind("optimizers", ("train", "optimizer")),
+    "data_source": SectionKind("data_sources", ("data", "source")),
     "lr_schedule": SectionKind("lr_schedules", ("train", "lr_schedule")),
     "pipeline_schedule": SectionKind(
         "pipeline_schedules", ("parallel", "pp_schedule"), used=_has_pipeline, argument=True

@@ -1,7 +1,7 @@
 """The run's configuration: what each section of RUN.toml may hold.
 
 Plugins own their settings: ``train.objective = "mlm"`` chooses one, ``[objective.mlm]`` configures it, and the plugin's
-own model validates that table. The same holds for optimizers, lr_schedules, pipeline_schedules and callbacks.
+own model validates that table. The same holds for optimizers, lr_schedules, data_sources, pipeline_schedules and callbacks.
 ``[model]`` starts from the defaults of ``model.architecture`` (a plugin record), which any key given here overrides.
 """
 
@@ -170,8 +170,16 @@ class DataConfig(Settings):
     share to within one. Evaluation blends the validation parts alike."""
     path: Folder | None = Field(default=None, validate_default=True)
     """Folder written by ``megalm data prepare``; its train and validation parts are used. Needed without ``blend``."""
+    source: str | None = None
+    """Component of kind ``data_sources`` to train on instead of the train part of ``path``, which gives the tokenizer
+    and is evaluated on; settings in ``[data_source.NAME]``."""
+    block: int = Field(default=1 << 20, ge=1)
+    """Tokens of a stream that are held, and within which samples are shuffled."""
+    sentences: bool = False
+    """Split a stream's documents into sentences, for objectives that pair them."""
     epochs: int = Field(default=0, ge=0)
-    """How often the samples of ``path`` may be seen; a run that needs more is refused. 0: as often as it takes."""
+    """How often the samples of ``path``, or the stream, may be seen; a run that needs more is refused, or ends with the
+    stream. 0: as often as it takes."""
     packing: bool = False
     """Fill rows with whole documents as far as they go in, and keep the documents of a row apart: none attends to
     another, positions begin anew. For objectives that can (causal_lm, mlm)."""
@@ -192,6 +200,8 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _blend(self) -> DataConfig:
+        if self.blend and self.source is not None:
+            raise ValueError("data.source and data.blend exclude each other; name one store as path")
         if self.blend and self.epochs:
             raise ValueError("epochs is for data.path; each table of data.blend has an epochs of its own")
         if len({entry.weight is None for entry in self.blend}) > 1:
@@ -297,5 +307,6 @@ class Config(Settings):
     objective: dict[str, dict[str, Any]] = Field(default_factory=dict)
     optimizer: dict[str, dict[str, Any]] = Field(default_factory=dict)
     lr_schedule: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    data_source: dict[str, dict[str, Any]] = Field(default_factory=dict)
     pipeline_schedule: dict[str, dict[str, Any]] = Field(default_factory=dict)
     callback: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -33,6 +33,7 @@ CONTRACTS = {
     "architectures": "megalm.plugin.contract.optim:Architecture",
     "optimizers": "megalm.plugin.contract.optim:OptimizerPlugin",
     "lr_schedules": "megalm.plugin.contract.optim:LRSchedule",
+    "data_sources": "megalm.plugin.contract.source:DataSource",
     "callbacks": "megalm.plugin.contract.callback:Callback",
     "kernels": "megalm.plugin.contract.kernels:KernelProvider",
     "pipeline_schedules": "megalm.plugin.contract.pipeline:PipelineSchedule",

@@ -20,6 +20,7 @@ from megalm.pipeline.plan import Pipeline
 from megalm.train.feed import Rows, TrainFeed
 from megalm.train.prepare import Prepared
 from megalm.train.step import forward_backward
+from megalm.train.streamed import train_samples
 
 LOSS, NORM = "loss", "grad_norm"
 VANISHING = ("*.attention.k.bias",)
@@ -41,7 +42,7 @@ def loss_and_gradients(
     config = prepared.resolved.config
     feed = TrainFeed(
         prepared.objective,
-        prepared.train,
+        train_samples(prepared, parallel),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=micro_batch or config.train.micro_batch,

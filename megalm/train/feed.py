@@ -21,6 +21,7 @@ from megalm.data.loader import Loader
 from megalm.data.sampler import SampleOrder
 from megalm.plugin.contract.objective import Batch, Corpus
 from megalm.train.objective import TrainingObjective
+from megalm.train.streamed import StreamedSamples
 
 _AT_ONCE = 4096
 """Places whose samples are found together, in a fraction of the time that each takes alone."""
@@ -102,7 +103,7 @@ class _Samples:
             return self._found[block]
 
 
-def _collate(objective: TrainingObjective, samples: _Samples, places: np.ndarray) -> Batch:
+def _collate(objective: TrainingObjective, samples: _Samples | StreamedSamples, places: np.ndarray) -> Batch:
     return objective.collate([objective.build(sample, corpus, at) for corpus, sample, at in samples.at(places)])
 
 
@@ -112,7 +113,7 @@ class TrainFeed:
     def __init__(
         self,
         objective: TrainingObjective,
-        corpus: Corpus | Blend,
+        corpus: Corpus | Blend | StreamedSamples,
         *,
         seed: int,
         global_batch: int,
@@ -125,23 +126,48 @@ class TrainFeed:
         """``workers``: threads that build ahead, as many microbatches as a step has and one each; :meth:`close` ends
         them. ``pin``: for a device that copies from pinned memory."""
         self._microbatches = global_batch // (micro_batch * dp_size)
-        samples = _Samples(objective, corpus, seed, "train", shuffle=True)
+        self._global_batch = global_batch
+        self._stream = corpus if isinstance(corpus, StreamedSamples) else None
+        samples: _Samples | StreamedSamples
+        if isinstance(corpus, StreamedSamples):
+            samples = corpus
+        else:
+            samples = _Samples(objective, corpus, seed, "train", shuffle=True)
         build = _builder(objective, samples, self._microbatches, global_batch, micro_batch, dp_index, dp_size, pin)
-        self._loader = Loader(build, workers=workers, ahead=self._microbatches + workers)
+        ahead = self._microbatches + workers
+        self._steps_ahead = -(-ahead // self._microbatches) if workers else 0
+        self._loader = Loader(build, workers=workers, ahead=ahead)
 
     def step(self, step: int) -> list[Rows]:
-        """The microbatches of a step, the first step being 0. Quick for the step after the one asked for before."""
+        """The microbatches of a step, the first step being 0. Quick for the step after the one asked for before.
+
+        Of a stream, steps follow each other, and ranks communicate: all ask for the same one.
+        """
+        if self._stream is not None:
+            places = self._global_batch
+            self._stream.reach(step * places, (step + 1 + self._steps_ahead) * places)
         first = step * self._microbatches
         return [self._loader.take(number) for number in range(first, first + self._microbatches)]
 
     def close(self) -> None:
         """End the threads."""
         self._loader.close()
+        if self._stream is not None:
+            self._stream.close()
+
+    def state(self, step: int) -> dict[str, int]:
+        """What :meth:`begin` needs for a run that goes on with a step; nothing, unless a stream is read."""
+        return {} if self._stream is None else self._stream.state(step * self._global_batch)
+
+    def begin(self, state: dict[str, int]) -> None:
+        """Go on from what :meth:`state` gave, before the first step."""
+        if self._stream is not None:
+            self._stream.begin(state)
 
 
 def _builder(
     objective: TrainingObjective,
-    samples: _Samples,
+    samples: _Samples | StreamedSamples,
     microbatches: int,
     global_batch: int,
     micro_batch: int,

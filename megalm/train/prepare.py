@@ -14,6 +14,7 @@ from megalm.config.schema import DataConfig
 from megalm.data.blend import Blend
 from megalm.data.mapped import make_room
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
+from megalm.data.stream import Stream
 from megalm.data.tokenizer import load_tokenizer
 from megalm.errors import ConfigError, DataError, LayoutError, PluginError, ScheduleError
 from megalm.model.kernels import kernel_requests
@@ -21,9 +22,10 @@ from megalm.model.spec import ModelSpec, layout_problems, resolve_model
 from megalm.ops.choose import Decision, choose_kernels
 from megalm.pipeline.plan import Pipeline, make_pipeline
 from megalm.plugin.contract.callback import Callback
-from megalm.plugin.contract.objective import ObjectiveEnv
+from megalm.plugin.contract.objective import Corpus, ObjectiveEnv
 from megalm.plugin.contract.optim import LRSchedule, OptimizerPlugin
 from megalm.plugin.contract.pipeline_csv import order_to_csv
+from megalm.plugin.contract.source import AddressedSource, DataSource, StreamSource
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
 from megalm.train.objective import TrainingObjective, build_objective
@@ -44,12 +46,14 @@ class Prepared:
     pipeline: Pipeline
     kernels: tuple[Decision, ...]
     """What each operation of the model is computed by; none where nothing is going to be computed."""
-    train: TokenStore | Blend
+    train: Corpus | Blend | Stream
     validation: TokenStore | Blend
     optimizer: type[OptimizerPlugin]
     optimizer_settings: Any
     schedule: LRSchedule
     callbacks: dict[str, Callback]
+    source: DataSource | None = None
+    """What is trained on, where that is no token store."""
 
     @property
     def run_dir(self) -> Path:
@@ -66,6 +70,7 @@ class Prepared:
                 for store in stores_of(self.train)
             ],
             "weights": [entry.weight for entry in data.blend],
+            "source": None if self.source is None else [data.source, self.source.identity, data.block, data.sentences],
             "packing_window": data.packing_window if data.packing else None,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -99,23 +104,29 @@ def prepare_run(
     """
     config = resolved.config
     make_room(len(config.data.blend))
-    train, validation = _open(config.data, "train"), _open(config.data, "validation")
+    validation = _open(config.data, "validation")
     first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
     _, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
-    for store in stores_of(train):
+    source = _source(resolved, manager)
+    train = _open(config.data, "train") if source is None else _opened(source, config.data, tokenizer)
+    for store in (*stores_of(train), *stores_of(validation)):
         store.check_tokenizer(tokenizer)
     packing = config.data.packing_window if config.data.packing else 0
     env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length, packing=packing)
     objective = build_objective(resolved, manager, env)
     for part, corpus in (("training", train), ("validation", validation)):
-        for store in stores_of(corpus):
-            objective.check_corpus(store)
-            if config.train.cell is not None and objective.num_samples(store) < config.train.cell:
+        for each in _corpora(corpus):
+            objective.check_corpus(each)
+            samples = objective.num_samples(each)
+            if config.train.cell is not None and samples < config.train.cell:
                 raise DataError(
-                    f"{store.folder}: the {part} part gives {objective.name} {objective.num_samples(store)} samples, "
+                    f"{_name(each, config.data)}: the {part} part gives {objective.name} {samples} samples, "
                     f"fewer than train.cell = {config.train.cell}"
                 )
-    _check_lasts(config.data, objective, train, config.train.steps, config.train.global_batch)
+    if not isinstance(train, Stream):
+        _check_lasts(config.data, objective, train, config.train.steps, config.train.global_batch)
+    if config.eval.baselines and source is not None:
+        raise ConfigError(["eval.baselines fits a token store, and the run trains on data.source"])
     if config.eval.baselines and isinstance(train, Blend):
         raise ConfigError(
             ["eval.baselines fits one corpus, and data.blend names several; use megalm data baselines for each"]
@@ -170,6 +181,7 @@ def prepare_run(
             for (section, name), cls in chosen.items()
             if section == "callback"
         },
+        source=source,
     )
 
 
@@ -181,9 +193,39 @@ def verify_data(prepared: Prepared) -> None:
             store.check()
 
 
-def stores_of(corpus: TokenStore | Blend) -> tuple[TokenStore, ...]:
-    """The token stores, one or several."""
+def stores_of(corpus: Corpus | Blend | Stream) -> tuple[TokenStore, ...]:
+    """The token stores, one or several, or none."""
+    return tuple(each for each in _corpora(corpus) if isinstance(each, TokenStore))
+
+
+def _corpora(corpus: Corpus | Blend | Stream) -> tuple[Corpus, ...]:
+    """What samples are counted in beforehand: nothing of a stream."""
+    if isinstance(corpus, Stream):
+        return ()
     return corpus.corpora if isinstance(corpus, Blend) else (corpus,)
+
+
+def _name(corpus: Corpus, data: DataConfig) -> str:
+    return str(corpus.folder) if isinstance(corpus, TokenStore) else f"data.source {data.source}"
+
+
+def _source(resolved: Resolved, manager: PluginManager) -> DataSource | None:
+    name = resolved.config.data.source
+    if name is None:
+        return None
+    component = resolved.components["data_source", name]
+    source: DataSource = manager.load_component(component)(resolved.sections["data_source", name])
+    return source
+
+
+def _opened(source: DataSource, data: DataConfig, tokenizer: Tokenizer) -> Corpus | Stream:
+    if isinstance(source, StreamSource):
+        return Stream(source, data.block, data.sentences, data.epochs)
+    if isinstance(source, AddressedSource):
+        return source.corpus(tokenizer.vocab_size)
+    raise PluginError(
+        f"data source {data.source}: {type(source).__name__} is neither a StreamSource nor an AddressedSource"
+    )
 
 
 def _open(data: DataConfig, part: str) -> TokenStore | Blend:
@@ -195,7 +237,7 @@ def _open(data: DataConfig, part: str) -> TokenStore | Blend:
 
 
 def _check_lasts(
-    data: DataConfig, objective: TrainingObjective, train: TokenStore | Blend, steps: int, global_batch: int
+    data: DataConfig, objective: TrainingObjective, train: Corpus | Blend, steps: int, global_batch: int
 ) -> None:
     """DataError where the run would see a corpus more often than was said."""
     needed = steps * global_batch
@@ -205,7 +247,7 @@ def _check_lasts(
     size = objective.num_samples(train)
     if data.epochs and needed > data.epochs * size:
         raise DataError(
-            f"data.path: {train.folder} runs out after step {data.epochs * size // global_batch}: it has {size} "
+            f"{_name(train, data)} runs out after step {data.epochs * size // global_batch}: it has {size} "
             f"samples and data.epochs = {data.epochs}, but the run takes {needed}. Set data.epochs = "
             f"{-(-needed // size)} (0: as often as it takes), or lower train.steps"
         )

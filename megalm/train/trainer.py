@@ -13,6 +13,7 @@ from megalm import __version__
 from megalm.checkpoint.load import load_state
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
+from megalm.data.stream import Stream
 from megalm.errors import MegalmError
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
@@ -30,6 +31,7 @@ from megalm.train.recorder import PipelineRecorder
 from megalm.train.resume import Start, find_start, identity, own_identity
 from megalm.train.run_folder import CHECKPOINTS, METRICS, RunLock, start_run_folder
 from megalm.train.step import Losses, evaluate, forward_backward
+from megalm.train.streamed import train_samples
 
 
 class TrainingError(MegalmError):
@@ -56,7 +58,7 @@ class Trainer:
         )
         self.feed = TrainFeed(
             self.objective,
-            prepared.train,
+            train_samples(prepared, parallel),
             seed=self.config.run.seed,
             global_batch=self.config.train.global_batch,
             micro_batch=self.config.train.micro_batch,
@@ -252,6 +254,7 @@ class Trainer:
             **own_identity(self.prepared),
             "samples": step * self.config.train.global_batch,
             "tokens": step * self.tokens_per_step,
+            "stream": self.feed.state(step),
             **self._place(),
             "config": self.prepared.resolved.as_dict(),
             "callbacks": callbacks,
@@ -273,7 +276,20 @@ class Trainer:
             load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer, whole))
             set_scalars(self.weights, self.optimizer, start.manifest.scalars)
             self.weights.publish()
+        self._skip_documents(start)
         return start.manifest.step
+
+    def _skip_documents(self, start: Start) -> None:
+        """Go on in a stream where the checkpoint was; after one that is of other data, begin it."""
+        if not isinstance(self.prepared.train, Stream):
+            return
+        state = start.manifest.state
+        place = state["stream"] if state.get("data") == self.prepared.data_identity else {}
+        samples = start.manifest.step * self.config.train.global_batch
+        self.feed.begin(place or {"epoch": 0, "documents": 0, "place": samples})
+        if place:
+            skipped = f"{place['documents']:,} documents of epoch {place['epoch'] + 1}"
+            self.console.message(f"the stream goes on after {skipped}, which are skipped")
 
     def _finish(self, step: int, seconds: float, tokens: int) -> None:
         text = sample_of(self.prepared, self.model)
@@ -313,13 +329,21 @@ class Trainer:
         layout = f"tp {parallel.tp.size}{' + sp' * parallel.sp}, dp {parallel.dp.size} on {parallel.device}"
         if parallel.pp.size > 1:
             layout = f"pp {parallel.pp.size} ({pipeline.name}, {len(pipeline.stages)} stages), {layout}"
-        paths = self.config.data.paths
-        shown = paths if len(paths) < 4 else (*paths[:2], f"and {len(paths) - 2} more")
         return {
             "run": self.prepared.run_dir,
             "objective": self.objective.name,
             "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
             "layout": layout,
             "kernels": ", ".join(f"{d.operation} {d.implementation}" for d in self.prepared.kernels),
-            "data": f"{self.prepared.train.num_tokens:,} training tokens in {', '.join(shown)}",
+            "data": self._data(),
         }
+
+    def _data(self) -> str:
+        train, source = self.prepared.train, self.prepared.source
+        if isinstance(train, Stream):
+            return f"stream {train.source.identity}"
+        if source is not None:
+            return f"{train.num_tokens:,} training tokens of {source.identity}"
+        paths = self.config.data.paths
+        shown = paths if len(paths) < 4 else (*paths[:2], f"and {len(paths) - 2} more")
+        return f"{train.num_tokens:,} training tokens in {', '.join(shown)}"
