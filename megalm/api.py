@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from megalm.plugin.contract.pipeline_csv import order_from_csv, order_to_csv
     from megalm.plugin.contract.records import FieldSpec, Record
     from megalm.plugin.contract.source import AddressedSource, DataSource, StreamSource
-    from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
+    from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer, begins_word
     from megalm.plugin.hookspecs import API_VERSION, hookimpl
 
 _HOMES = {
@@ -107,7 +107,7 @@ _HOMES = {
     "megalm.plugin.contract.pipeline_csv": ("order_from_csv", "order_to_csv"),
     "megalm.plugin.contract.records": ("FieldSpec", "Record"),
     "megalm.plugin.contract.source": ("AddressedSource", "DataSource", "StreamSource"),
-    "megalm.plugin.contract.tokenizer": ("SpecialTokens", "Tokenizer"),
+    "megalm.plugin.contract.tokenizer": ("SpecialTokens", "Tokenizer", "begins_word"),
     "megalm.plugin.hookspecs": ("API_VERSION", "hookimpl"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -163,6 +163,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "UsageError",
+    "begins_word",
     "hookimpl",
     "loop_placement",
     "order_from_csv",

@@ -39,11 +39,12 @@ SURFACE = {
         order_to_csv v_placement
     """,
     (1, 4): """
-        API_VERSION Action ActionKind Architecture Batch BubbleFormula BuildContext Callback CheckpointError Component
-        ConfigError Corpus Costs DataError Example FieldSpec Head HeadEnv HeadSpec IGNORE KernelProvider KernelRequest
-        LRSchedule LayoutError LossContext MegalmError ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin
-        PipelineOrder PipelineSchedule PipelineShape Piece PluginError PluginInfo Record RunInfo ScheduleError Settings
-        SpecialTokens TensorSpec Term Tokenizer TokenizerError UsageError hookimpl loop_placement order_from_csv
+        API_VERSION Action ActionKind AddressedSource Architecture Batch BubbleFormula BuildContext Callback
+        CheckpointError Component ConfigError Corpus Costs DataError DataSource Example FieldSpec Head HeadEnv
+        HeadSpec IGNORE KernelProvider KernelRequest LRSchedule LayoutError LossContext MegalmError
+        ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin Piece PipelineOrder PipelineSchedule
+        PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings SpecialTokens StreamSource
+        TensorSpec Term Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement order_from_csv
         order_to_csv packed_row packed_rows v_placement
     """,
 }

@@ -1,7 +1,8 @@
 """The run's configuration: what each section of RUN.toml may hold.
 
 Plugins own their settings: ``train.objective = "mlm"`` chooses one, ``[objective.mlm]`` configures it, and the plugin's
-own model validates that table. The same holds for optimizers, lr_schedules, data_sources, pipeline_schedules and callbacks.
+own model validates that table. The same holds for optimizers, lr_schedules, data_sources, pipeline_schedules and
+callbacks.
 ``[model]`` starts from the defaults of ``model.architecture`` (a plugin record), which any key given here overrides.
 """
 

@@ -109,14 +109,13 @@ class TableCorpus:
 
     def __init__(self, column: Any, vocab_size: int, name: str) -> None:
         """``column``: a ``pyarrow.ChunkedArray`` of lists of integers."""
-        compute = importlib.import_module("pyarrow.compute")
+        arrow, compute = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.compute")
         self._vocab_size = vocab_size
         self._name = name
-        try:
-            lengths = compute.list_value_length(column)
-        except Exception as error:
-            raise DataError(f"{name}: the column holds {column.type}, expected lists of integers") from error
-        lengths = compute.fill_null(lengths, 0).to_numpy().astype(np.int64)
+        inside = getattr(column.type, "value_type", None)
+        if inside is None or not (arrow.types.is_integer(inside) or arrow.types.is_null(inside)):
+            raise DataError(f"{name}: the column holds {column.type}, expected lists of integers")
+        lengths = compute.fill_null(compute.list_value_length(column), 0).to_numpy().astype(np.int64)
         kept = np.flatnonzero(lengths)
         if not len(kept):
             raise DataError(f"{name}: no row has ids")

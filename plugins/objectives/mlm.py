@@ -1,7 +1,8 @@
 """Masked language modelling with BERT's corruption. (Devlin et al., 2019.)
 
-Each ordinary token is chosen with probability ``mask_prob``; of the chosen, ``mask_share`` become the mask token,
-``random_share`` a random ordinary token, and the rest stay. Only chosen positions go through the vocabulary head.
+Each ordinary token, or with ``whole_word`` each word, is chosen with probability ``mask_prob``; of the chosen tokens,
+``mask_share`` become the mask token, ``random_share`` a random ordinary token, and the rest stay. Only chosen positions
+go through the vocabulary head. A row is masked anew in every epoch (RoBERTa; Liu et al., 2019).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class MaskedLMConfig(Settings):
     """Weight of the term in the total."""
     mask_prob: float = Field(default=0.15, gt=0, lt=1)
     """Probability that an ordinary token is to be predicted."""
+    whole_word: bool = False
+    """All tokens of a word are chosen together, each word with ``mask_prob``."""
     mask_share: float = Field(default=0.8, ge=0, le=1)
     """Of those, the share replaced by the mask token."""
     random_share: float = Field(default=0.1, ge=0, le=1)
@@ -62,6 +65,7 @@ class MaskedLM(Objective):
     packs = True
     Config = MaskedLMConfig
     cfg: MaskedLMConfig
+    version = 2
 
     def __init__(self, cfg: MaskedLMConfig, env: ObjectiveEnv) -> None:
         super().__init__(cfg, env)
@@ -73,6 +77,7 @@ class MaskedLM(Objective):
         self._suffix = [] if special.sep is None or env.packing else [special.sep]
         self._special = np.isin(np.arange(env.tokenizer.vocab_size), special.ids())
         self._ordinary = np.flatnonzero(~self._special)
+        self._starts = env.tokenizer.word_starts() if cfg.whole_word else None
         self._window = env.sequence_length - len(self._prefix) - len(self._suffix)
         if self._window < 1:
             raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves mlm no room for text"])
@@ -109,18 +114,31 @@ class MaskedLM(Objective):
 
     def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        chance, kind = rng.random(len(tokens)), rng.random(len(tokens))
-        replacement = rng.integers(len(self._ordinary), size=len(tokens))
-        chosen = np.flatnonzero((chance < self.cfg.mask_prob) & ~example["special"])
-        kind = kind[chosen]
-        masked = kind < self.cfg.mask_share
-        random = chosen[~masked & (kind < self.cfg.mask_share + self.cfg.random_share)]
-        labels = np.full_like(tokens, IGNORE)
+        places, words = self._words(example, tokens)
+        chance = rng.random(int(words[-1]) + 1 if len(words) else 0) < self.cfg.mask_prob
+        chosen = places[chance[words]]
+        kind = rng.random(len(chosen))
+        masked = chosen[kind < self.cfg.mask_share]
+        random = chosen[(kind >= self.cfg.mask_share) & (kind < self.cfg.mask_share + self.cfg.random_share)]
+        labels = np.full(len(tokens), IGNORE)
         labels[chosen] = tokens[chosen]
         corrupted = tokens.copy()
-        corrupted[chosen[masked]] = self._mask
-        corrupted[random] = self._ordinary[replacement[random]]
+        corrupted[masked] = self._mask
+        corrupted[random] = self._ordinary[rng.integers(len(self._ordinary), size=len(random))]
         return {**example, "tokens": corrupted, "labels": labels}
+
+    def _words(self, example: Example, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the ordinary tokens, and the number of the word, or of the token, that each belongs to."""
+        special = example["special"]
+        places = np.flatnonzero(~special)
+        if self._starts is None:
+            return places, np.arange(len(places))
+        begins = self._starts[tokens]
+        begins[:1] = True
+        begins[1:] |= special[:-1]
+        if "documents" in example:
+            begins[1:] |= np.diff(example["documents"]) != 0
+        return places, np.cumsum(begins[places]) - 1
 
     def rates(self) -> Mapping[str, float]:
         # A random token is now and then the one that was there, which no reader of the row can tell from a kept one.
@@ -130,11 +148,13 @@ class MaskedLM(Objective):
     def observe(self, example: Example) -> Mapping[str, tuple[int, int]]:
         tokens, labels = example["tokens"], example["labels"]
         chosen = labels != IGNORE
+        places, words = self._words(example, np.where(chosen, labels, tokens))
+        first = places[np.flatnonzero(np.diff(words, prepend=-1))]
         masked = chosen & (tokens == self._mask)
         random = chosen & ~masked & (tokens != labels)
         trials = int(chosen.sum())
         return {
-            "mask_prob": (trials, int((~example["special"]).sum())),
+            "mask_prob": (int(chosen[first].sum()), len(first)),
             "mask_share": (int(masked.sum()), trials),
             "random_share": (int(random.sum()), trials),
         }

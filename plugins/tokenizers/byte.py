@@ -44,6 +44,13 @@ class ByteTokenizer(Tokenizer):
         lengths = [len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments]
         return ids, np.array(lengths, dtype=np.int64)
 
+    def word_starts(self) -> np.ndarray:
+        """A word begins at what is no letter or digit of ASCII; other characters are words, which their bytes go on."""
+        starts = np.ones(self.vocab_size, dtype=bool)
+        starts[[i for i in range(0x80) if chr(i).isalnum()]] = False
+        starts[0x80:0xC0] = False
+        return starts
+
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are not valid UTF-8, such as a character cut in half, become U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")

@@ -21,7 +21,7 @@ import tokenizers
 from pydantic import Field
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError, UsageError
+from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError, UsageError, begins_word
 from megalm_plugins.tokenizers.fast_bpe import FastBPE, fast_bpe
 from megalm_plugins.tokenizers.segments import cut_at_segments
 
@@ -41,6 +41,7 @@ _ROLES = {
 _BPE_SPECIAL = ("<pad>", "<eos>", "<bos>", "<cls>", "<sep>", "<mask>")
 _WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[EOS]", "[BOS]")
 _CONTINUES = "##"
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for one
 
 
 class HFConfig(Settings):
@@ -170,6 +171,19 @@ class HFTokenizer(Tokenizer):
             raise TokenizerError(
                 f"hf: cannot encode the text: {error}; use a tokenizer that has a token for what it does not know"
             ) from error
+
+    def word_starts(self) -> np.ndarray:
+        model = self._content["model"]
+        continues = model.get("continuing_subword_prefix") or _CONTINUES
+        marked = model.get("type") == "WordPiece"
+
+        def begins(index: int) -> bool:
+            token = self._hf.id_to_token(index) or ""
+            if marked:
+                return not token.startswith(continues)
+            return token.startswith(_SPACE) or begins_word(self.decode([index]))
+
+        return np.array([begins(index) for index in range(self._size)])
 
     def decode(self, ids: Sequence[int]) -> str:
         hidden = set(self._special.ids()) - {self._special.unk}

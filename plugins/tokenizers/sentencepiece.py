@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import sentencepiece
 from pydantic import Field
 
-from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError
+from megalm.api import Settings, SpecialTokens, Tokenizer, TokenizerError, begins_word
 from megalm_plugins.tokenizers.segments import cut_at_segments
 
 _FILE = "tokenizer.model"
@@ -147,6 +148,10 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def identity(self) -> str:
         return hashlib.sha256(b"sentencepiece 1\0" + self._model).hexdigest()
+
+    def word_starts(self) -> np.ndarray:
+        pieces = map(self.token, range(self.vocab_size))
+        return np.array([piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") or begins_word(piece) for piece in pieces])
 
     def token(self, index: int) -> str:
         return str(self._sp.id_to_piece(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_blocks_are_the_store_of_the_same_documents(
         for index in range(each.num_sentences):
             assert [tokens + at for at in each.sentence(index)] == list(store.sentence(spoken + index))
             assert each.sentence_at(each.sentence(index)[1] - 1) == index
-        tokens, documents, spoken = tokens + each.num_tokens, documents + each.num_documents, spoken + each.num_sentences
+        tokens += each.num_tokens
+        documents += each.num_documents
+        spoken += each.num_sentences
 
 
 def test_a_block_survives_being_sent(byte: ByteTokenizer) -> None:
@@ -91,7 +94,7 @@ def test_reading_goes_on_where_any_block_begins(byte: ByteTokenizer) -> None:
     texts = [text for pair in zip(drawn(2, 30), [""] * 30, strict=True) for text in pair]
     stream = Stream(Texts(texts), 70, False, 3)
     whole = list(read_blocks(stream, byte, Place()))
-    for before, after in zip(whole, whole[1:], strict=False):
+    for before, after in itertools.pairwise(whole):
         # Nothing but a document without text may be between them, at the end of an epoch.
         assert after.begin in (before.end, Place(before.end.epoch + 1)), (before.end, after.begin)
     assert {block.begin.epoch for block in whole} == {0, 1, 2}

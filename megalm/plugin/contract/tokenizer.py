@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,14 @@ class SpecialTokens:
         """The ids that exist, ascending, without repeats."""
         found = (self.pad, self.eos, self.bos, self.cls, self.sep, self.mask, self.unk)
         return tuple(sorted({i for i in found if i is not None}))
+
+
+def begins_word(text: str) -> bool:
+    """Whether a word begins where this text does, whatever is before it: it begins with anything but a letter, a digit
+    or a mark on one. Characters of scripts that write no spaces are words, as BERT has it."""
+    if not text or unicodedata.category(text[0])[0] not in "LNM":
+        return True
+    return "\u3040" <= text[0] <= "\u30ff" or "\u3400" <= text[0] <= "\u9fff" or text[0] >= "\U00020000"
 
 
 class Tokenizer(ABC):
@@ -76,6 +85,14 @@ class Tokenizer(ABC):
         parts = [segment for document in self.encode_segments(documents) for segment in document]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
+
+    def word_starts(self) -> np.ndarray:
+        """Which ids begin a word: (vocabulary,) bool. Whole-word masking takes the others with the id before them.
+
+        Here: those whose text begins with a space, a mark of punctuation or a character that is a word of its own
+        (:func:`begins_word`). Override it where tokens are marked as beginnings or continuations.
+        """
+        return np.array([begins_word(self.decode([index])) for index in range(self.vocab_size)])
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
