@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalm.config.settings import Settings
+    from megalm.data.masking import TokenMasking
     from megalm.data.pack import Piece, packed_row, packed_rows
     from megalm.errors import (
         CheckpointError,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "megalm.config.settings": ("Settings",),
+    "megalm.data.masking": ("TokenMasking",),
     "megalm.data.pack": ("Piece", "packed_row", "packed_rows"),
     "megalm.errors": (
         "CheckpointError",
@@ -160,6 +162,7 @@ __all__ = [
     "StreamSource",
     "TensorSpec",
     "Term",
+    "TokenMasking",
     "Tokenizer",
     "TokenizerError",
     "UsageError",

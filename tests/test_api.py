@@ -44,8 +44,8 @@ SURFACE = {
         HeadSpec IGNORE KernelProvider KernelRequest LRSchedule LayoutError LossContext MegalmError
         ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin Piece PipelineOrder PipelineSchedule
         PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings SpecialTokens StreamSource
-        TensorSpec Term Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement order_from_csv
-        order_to_csv packed_row packed_rows v_placement
+        TensorSpec Term TokenMasking Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement
+        order_from_csv order_to_csv packed_row packed_rows v_placement
     """,
 }
 

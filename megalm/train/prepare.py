@@ -206,7 +206,7 @@ def _corpora(corpus: Corpus | Blend | Stream) -> tuple[Corpus, ...]:
 
 
 def _name(corpus: Corpus, data: DataConfig) -> str:
-    return str(corpus.folder) if isinstance(corpus, TokenStore) else f"data.source {data.source}"
+    return f"data.path: {corpus.folder}" if isinstance(corpus, TokenStore) else f"data.source {data.source}"
 
 
 def _source(resolved: Resolved, manager: PluginManager) -> DataSource | None:

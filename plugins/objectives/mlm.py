@@ -27,6 +27,7 @@ from megalm.api import (
     Settings,
     TensorSpec,
     Term,
+    TokenMasking,
     packed_row,
     packed_rows,
 )
@@ -73,11 +74,20 @@ class MaskedLM(Objective):
         if special.mask is None:
             raise ConfigError(["train.objective: mlm needs a tokenizer with a mask token, and this one has none"])
         self._mask: int = special.mask
-        self._prefix = [] if special.cls is None or env.packing else [special.cls]
-        self._suffix = [] if special.sep is None or env.packing else [special.sep]
+        self._prefix, self._suffix = (
+            np.array([] if mark is None or env.packing else [mark], dtype=np.int64)
+            for mark in (special.cls, special.sep)
+        )
         self._special = np.isin(np.arange(env.tokenizer.vocab_size), special.ids())
         self._ordinary = np.flatnonzero(~self._special)
-        self._starts = env.tokenizer.word_starts() if cfg.whole_word else None
+        self._masking = TokenMasking(
+            special.mask,
+            self._ordinary,
+            cfg.mask_prob,
+            cfg.mask_share,
+            cfg.random_share,
+            env.tokenizer.word_starts() if cfg.whole_word else None,
+        )
         self._window = env.sequence_length - len(self._prefix) - len(self._suffix)
         if self._window < 1:
             raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves mlm no room for text"])
@@ -102,7 +112,7 @@ class MaskedLM(Objective):
         if self.env.packing:
             return self._packed(sample, corpus, rng)
         text = corpus.stream(sample * self._window, (sample + 1) * self._window)
-        tokens = np.concatenate((self._prefix, text, self._suffix)).astype(np.int64)
+        tokens = np.concatenate((self._prefix, text, self._suffix))
         return self.extend_example({"tokens": tokens, "special": self._special[tokens]}, rng)
 
     def _packed(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
@@ -113,32 +123,9 @@ class MaskedLM(Objective):
         return self.extend_example(example, rng)
 
     def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
-        tokens = example["tokens"]
-        places, words = self._words(example, tokens)
-        chance = rng.random(int(words[-1]) + 1 if len(words) else 0) < self.cfg.mask_prob
-        chosen = places[chance[words]]
-        kind = rng.random(len(chosen))
-        masked = chosen[kind < self.cfg.mask_share]
-        random = chosen[(kind >= self.cfg.mask_share) & (kind < self.cfg.mask_share + self.cfg.random_share)]
-        labels = np.full(len(tokens), IGNORE)
-        labels[chosen] = tokens[chosen]
-        corrupted = tokens.copy()
-        corrupted[masked] = self._mask
-        corrupted[random] = self._ordinary[rng.integers(len(self._ordinary), size=len(random))]
-        return {**example, "tokens": corrupted, "labels": labels}
-
-    def _words(self, example: Example, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the ordinary tokens, and the number of the word, or of the token, that each belongs to."""
-        special = example["special"]
-        places = np.flatnonzero(~special)
-        if self._starts is None:
-            return places, np.arange(len(places))
-        begins = self._starts[tokens]
-        begins[:1] = True
-        begins[1:] |= special[:-1]
-        if "documents" in example:
-            begins[1:] |= np.diff(example["documents"]) != 0
-        return places, np.cumsum(begins[places]) - 1
+        documents = example.get("documents")
+        tokens, labels = self._masking(example["tokens"], example["special"], rng, documents)
+        return {**example, "tokens": tokens, "labels": labels}
 
     def rates(self) -> Mapping[str, float]:
         # A random token is now and then the one that was there, which no reader of the row can tell from a kept one.
@@ -148,7 +135,9 @@ class MaskedLM(Objective):
     def observe(self, example: Example) -> Mapping[str, tuple[int, int]]:
         tokens, labels = example["tokens"], example["labels"]
         chosen = labels != IGNORE
-        places, words = self._words(example, np.where(chosen, labels, tokens))
+        original = tokens.copy()
+        original[chosen] = labels[chosen]
+        places, words = self._masking.words(original, example["special"], example.get("documents"))
         first = places[np.flatnonzero(np.diff(words, prepend=-1))]
         masked = chosen & (tokens == self._mask)
         random = chosen & ~masked & (tokens != labels)

@@ -150,8 +150,14 @@ class SentencePieceTokenizer(Tokenizer):
         return hashlib.sha256(b"sentencepiece 1\0" + self._model).hexdigest()
 
     def word_starts(self) -> np.ndarray:
-        pieces = map(self.token, range(self.vocab_size))
-        return np.array([piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") or begins_word(piece) for piece in pieces])
+        def begins(index: int) -> bool:
+            piece = self.token(index)
+            if self._sp.is_byte(index):  # <0x41>; those that go on with a character go on with the word
+                byte = int(piece[3:5], 16)
+                return begins_word(chr(byte)) if byte < 0x80 else byte >= 0xC0
+            return piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") or begins_word(piece)
+
+        return np.array([begins(index) for index in range(self.vocab_size)])
 
     def token(self, index: int) -> str:
         return str(self._sp.id_to_piece(index))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from megalm.api import begins_word
 from megalm.data.sentences import split_sentences
 from megalm.errors import TokenizerError
 from megalm_plugins.tokenizers import MEGALM_API, megalm_tokenizers
@@ -325,3 +327,29 @@ def test_text_that_a_tokenizer_has_no_token_for_is_the_users(tmp_path):
         tokenizer.encode_batch(["b"])
     with pytest.raises(TokenizerError, match="a token for what it does not know"):
         tokenizer.encode_segments([["a", "b"]])
+
+
+def test_words_begin_where_they_do(tokenizer, wordpiece):
+    """Ids that begin a word cut a text into its words and marks."""
+    text = "the king, banished mercutio hereafter. tomorrow creeps; the petty pace"
+    (ids,) = tokenizer.encode_batch([text])
+    starts = tokenizer.word_starts()
+    assert starts.dtype == bool
+    assert len(starts) == tokenizer.vocab_size
+    groups: list[list[int]] = []
+    for at, index in enumerate(ids):
+        if at == 0 or starts[index]:
+            groups.append([])
+        groups[-1].append(index)
+    words = re.findall(r"\w+|[^\w\s]", text.lower() if tokenizer is wordpiece else text)
+    found = [word for group in groups if (word := tokenizer.decode(group).strip())]
+    assert len(found) == len(words)
+    assert all(mine in (word, "[UNK]") for mine, word in zip(found, words, strict=True))
+    assert len(groups) < len(ids)
+
+
+def test_characters_of_chinese_are_words():
+    (ids,) = ByteTokenizer().encode_batch(["再见king"])
+    assert ByteTokenizer().word_starts()[ids].tolist() == [True, False, False] * 2 + [False] * 4
+    assert all(begins_word(text) for text in ("再", "か", " k", ",", ""))
+    assert not any(begins_word(text) for text in ("k", "é", "3", "\u0301"))

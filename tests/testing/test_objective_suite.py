@@ -13,6 +13,11 @@ class TestMaskedLM(ObjectiveSuite):
     objective = "mlm"
 
 
+class TestWholeWords(ObjectiveSuite):
+    objective = "mlm"
+    settings = ("objective.mlm.whole_word=true",)
+
+
 class TestNextSentence(ObjectiveSuite):
     objective = "nsp"
 
