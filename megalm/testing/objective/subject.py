@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megalm.data.blend import Blend
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
 from megalm.data.tokenizer import load_tokenizer
 from megalm.model.spec import resolve_model
@@ -212,7 +211,7 @@ class ObjectiveSubject:
     def corpus(self) -> TokenStore:
         """The training part."""
         train = self.prepared().train
-        assert not isinstance(train, Blend), "a subject's run has one corpus"
+        assert isinstance(train, TokenStore), "a subject's run has one store"
         return train
 
     @property
