@@ -43,6 +43,7 @@ from megalm_plugins.tokenizers.hf import HFConfig, HFTokenizer
 
 TEXT = Path(__file__).parent.parent / "examples" / "data" / "shakespeare.txt"
 CAUSAL, MASKED, MICRO_BATCH = 2048, 512, 32
+PACKING, WHOLE_WORDS = "data.packing=true", "objective.mlm.whole_word=true"
 Draw = Callable[[int], None]
 """Takes so many random samples."""
 
@@ -67,11 +68,12 @@ def make_store(folder: Path, documents: int, sentence: int) -> Path:
     return folder
 
 
-def megalm_feed(folder: Path, store: Path, objective: str, length: int, manager: PluginManager) -> Draw:
-    """Steps of a run, each of a thousand rows or so."""
+def megalm_feed(
+    folder: Path, store: Path, objective: str, length: int, manager: PluginManager, *overrides: str
+) -> Draw:
+    """Steps of a run, each of one microbatch."""
     folder.mkdir(parents=True)
-    words = [] if objective == "causal_lm" else ["objective.mlm.whole_word=true"]
-    settings = [f"train.sequence_length={length}", "run.seed=1", *words]
+    settings = [f"train.sequence_length={length}", "run.seed=1", *overrides]
     architecture = "gpt2" if objective == "causal_lm" else "bert"
     prepared = make_run(
         folder, store, objective=objective, architecture=architecture, overrides=settings, manager=manager
@@ -248,7 +250,9 @@ def main() -> None:
         store = make_store(folder / "longer", options.documents // 10, 500)
         contenders: dict[str, dict[str, Draw]] = {
             "causal": {"megalm": megalm_feed(folder / "causal", store, "causal_lm", CAUSAL, manager)},
-            "masked": {"megalm": megalm_feed(folder / "masked", store, "mlm", MASKED, manager)},
+            "masked": {"megalm": megalm_feed(folder / "masked", store, "mlm", MASKED, manager, WHOLE_WORDS)},
+            "packed": {"megalm": megalm_feed(folder / "packed", store, "causal_lm", CAUSAL, manager, PACKING)},
+            "pairs": {"megalm": megalm_feed(folder / "pairs", store, "nsp", MASKED, manager)},
         }
         if peer:
             tokenizer = _Tokenizer(HFTokenizer.load(store / "tokenizer"))

@@ -52,11 +52,11 @@ class Block:
     """Where the next block begins."""
     tokens: np.ndarray
     """int64 (tokens,), end-of-document tokens included."""
-    document_offsets: np.ndarray
+    documents: np.ndarray
     """int64 (documents + 1,): where documents begin, and the end."""
-    first_sentences: np.ndarray
+    firsts: np.ndarray
     """int64 (documents + 1,): number of each document's first sentence, and that of all."""
-    sentence_offsets: np.ndarray
+    sentences: np.ndarray
     """int64 (sentences + 1,): where sentences begin, and the end."""
     eos: int | None
 
@@ -68,12 +68,12 @@ class Block:
     @property
     def num_documents(self) -> int:
         """Those that have tokens."""
-        return len(self.document_offsets) - 1
+        return len(self.documents) - 1
 
     @property
     def num_sentences(self) -> int:
         """Those that have tokens."""
-        return len(self.sentence_offsets) - 1
+        return len(self.sentences) - 1
 
     def stream(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), int64; IndexError outside."""
@@ -83,29 +83,33 @@ class Block:
 
     def document(self, index: int) -> tuple[int, int]:
         """Token range of a document."""
-        return _pair(self.document_offsets, index, "document")
+        return _pair(self.documents, index, "document")
+
+    def document_offsets(self, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of the documents' token offsets, of which there is one more than documents: int64."""
+        return _entries(self.documents, start, stop)
 
     def document_sentences(self, index: int) -> tuple[int, int]:
         """Range of the numbers of a document's sentences."""
-        return _pair(self.first_sentences, index, "document")
+        return _pair(self.firsts, index, "document")
 
     def sentence(self, index: int) -> tuple[int, int]:
         """Token range of a sentence, without the end-of-document token."""
-        start, stop = _pair(self.sentence_offsets, index, "sentence")
+        start, stop = _pair(self.sentences, index, "sentence")
         last = self.eos is not None and self.document(self.document_at(start))[1] == stop
         return start, stop - last
 
     def document_at(self, position: int) -> int:
         """Number of the document that holds a token position."""
-        return _holder(self.document_offsets, position)
+        return _holder(self.documents, position)
 
     def sentence_at(self, position: int) -> int:
         """Number of the sentence that holds a token position."""
-        return _holder(self.sentence_offsets, position)
+        return _holder(self.sentences, position)
 
     def packed(self) -> tuple[np.ndarray, dict[str, int]]:
         """All of it as int32 (any,), to be sent, and the numbers that :func:`unpacked` needs."""
-        lengths = (np.diff(self.first_sentences), np.diff(self.sentence_offsets))
+        lengths = (np.diff(self.firsts), np.diff(self.sentences))
         sizes = {
             "epoch": self.begin.epoch,
             "documents": self.begin.documents,
@@ -209,6 +213,12 @@ def _pair(offsets: np.ndarray, index: int, what: str) -> tuple[int, int]:
     if not 0 <= index < len(offsets) - 1:
         raise IndexError(f"{what} {index} of {len(offsets) - 1}")
     return int(offsets[index]), int(offsets[index + 1])
+
+
+def _entries(offsets: np.ndarray, start: int, stop: int) -> np.ndarray:
+    if not 0 <= start <= stop <= len(offsets):
+        raise IndexError(f"entries [{start}, {stop}) of {len(offsets)} offsets")
+    return offsets[start:stop].copy()
 
 
 def _holder(offsets: np.ndarray, position: int) -> int:

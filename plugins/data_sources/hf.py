@@ -158,6 +158,11 @@ class TableCorpus:
             raise IndexError(f"document {index} of {self.num_documents}")
         return int(self._offsets[index]), int(self._offsets[index + 1])
 
+    def document_offsets(self, start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= len(self._offsets):
+            raise IndexError(f"entries [{start}, {stop}) of {len(self._offsets)} offsets")
+        return self._offsets[start:stop].copy()
+
     def document_sentences(self, index: int) -> tuple[int, int]:
         self.document(index)
         return index, index + 1

@@ -70,6 +70,8 @@ def test_blocks_are_the_store_of_the_same_documents(
     tokens = documents = spoken = 0
     for each in blocks:
         assert each.num_tokens >= block or each is blocks[-1]
+        whole = store.document_offsets(documents, documents + each.num_documents + 1)
+        assert np.array_equal(each.document_offsets(0, each.num_documents + 1), whole - tokens)
         for index in range(each.num_documents):
             assert [tokens + at for at in each.document(index)] == list(store.document(documents + index))
             assert each.document_at(each.document(index)[0]) == index
@@ -85,7 +87,7 @@ def test_a_block_survives_being_sent(byte: ByteTokenizer) -> None:
     for block in read_blocks(Stream(Texts(drawn(1, 20)), 60, True, 1), byte, Place()):
         found = unpacked(*block.packed(), block.eos)
         assert (found.begin, found.end) == (block.begin, block.end)
-        for name in ("tokens", "document_offsets", "first_sentences", "sentence_offsets"):
+        for name in ("tokens", "documents", "firsts", "sentences"):
             assert np.array_equal(getattr(found, name), getattr(block, name)), name
 
 

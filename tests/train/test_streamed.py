@@ -73,18 +73,21 @@ def train(
     return [record["loss"] for record in jsonl.read(folder / "run" / METRICS) if "loss" in record]
 
 
-@pytest.mark.parametrize("objective", ["causal_lm", "mlm"])
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [("causal_lm", ()), ("mlm", ()), ("causal_lm", ("data.packing=true",)), ("mlm+nsp", ("data.sentences=true",))],
+)
 def test_layouts_and_workers_change_nothing(
-    objective: str, tmp_path: Path, store: Path, manager: PluginManager, source: Any
+    objective: str, more: tuple[str, ...], tmp_path: Path, store: Path, manager: PluginManager, source: Any
 ) -> None:
     """Blocks of some 21 samples, eight a step: steps lie across blocks, and the second epoch begins in the run."""
-    whole = train(tmp_path / "whole", store, manager, "data.workers=0", objective=objective)
+    whole = train(tmp_path / "whole", store, manager, "data.workers=0", *more, objective=objective)
     assert source.calls == 1
-    assert train(tmp_path / "ahead", store, manager, "data.workers=3", objective=objective) == whole
+    assert train(tmp_path / "ahead", store, manager, "data.workers=3", *more, objective=objective) == whole
     for layout in ({"dp": 4}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2, "dp": 2}):
         source.calls = 0
         folder = tmp_path / "-".join(layout)
-        losses = train(folder, store, manager, "data.workers=1", objective=objective, **layout)
+        losses = train(folder, store, manager, "data.workers=1", *more, objective=objective, **layout)
         assert losses == pytest.approx(whole, rel=1e-9), layout
         # One rank of each replica reads.
         assert source.calls == layout.get("dp", 1), layout
