@@ -79,8 +79,8 @@ def test_a_good_plugin(good, monkeypatch, capsys):
     first, *rows = out.splitlines()
     assert first == "tokenizer good of plugin good (megalm-good 0.1.0): quick, seed 5".replace("0.1.0", "1.0")
     lines = [row for row in rows if re.match(r"passed +\w+ +[\d.]+ s  \S.*: \S", row)]
-    assert len(lines) == 18
-    assert re.fullmatch(r"18 checks in [\d.]+ s: 18 passed, 0 failed", rows[-1])
+    assert len(lines) == 19
+    assert re.fullmatch(r"19 checks in [\d.]+ s: 19 passed, 0 failed", rows[-1])
     assert max(map(len, rows)) > 120  # whole lines where there is no terminal
 
 
@@ -93,7 +93,7 @@ def test_a_broken_plugin(broken, monkeypatch, capsys):
     assert "which encodes to other ids: [" in rest
     assert "decode must undo what encode_batch did" in rest
     seed = re.search(r"seed (\d+)$", table.splitlines()[0])[1]
-    assert re.search(rf"17 passed, 1 failed; repeat with --seed {seed}$", out.rstrip())
+    assert re.search(rf"18 passed, 1 failed; repeat with --seed {seed}$", out.rstrip())
 
 
 def test_json_is_all_that_is_printed(broken, few, monkeypatch, capsys):
@@ -373,7 +373,7 @@ def test_checking_a_tokenizer_needs_no_torch(good):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "18 passed" in done.stdout
+    assert "19 passed" in done.stdout
 
 
 def test_it_is_among_the_commands():

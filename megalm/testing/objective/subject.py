@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megalm.data.store import TOKENIZER_FOLDER, TokenStore
+from megalm.data.blend import Blend
+from megalm.data.store import TOKENIZER_FOLDER
+from megalm.data.stream import Stream
 from megalm.data.tokenizer import load_tokenizer
 from megalm.model.spec import resolve_model
 from megalm.pipeline.choose import choose
 from megalm.pipeline.plan import Pipeline, make_pipeline
-from megalm.plugin.contract.objective import Needs, ObjectiveEnv
+from megalm.plugin.contract.objective import Corpus, Needs, ObjectiveEnv
 from megalm.plugin.manager import PluginManager
 from megalm.testing.layouts import ROWS, RankLayout
 from megalm.testing.runs import load_run, make_run, make_store
@@ -208,10 +210,10 @@ class ObjectiveSubject:
         return self.prepared().objective
 
     @property
-    def corpus(self) -> TokenStore:
-        """The training part."""
+    def corpus(self) -> Corpus:
+        """The training part, or the records of a head."""
         train = self.prepared().train
-        assert isinstance(train, TokenStore), "a subject's run has one store"
+        assert not isinstance(train, Blend | Stream), "a subject's run has one corpus"
         return train
 
     @property
