@@ -60,7 +60,7 @@ class MappedFile:
 def unreadable(path: Path, error: OSError | ValueError, remedy: str) -> DataError:
     """What to say where a file cannot be opened or mapped: it need not be the file's fault."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        remedy = "allow more with ulimit -n (a corpus takes eight), or join corpora into larger ones"
+        remedy = "allow more with ulimit -n (a corpus takes up to twelve), or join corpora into larger ones"
     reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     return DataError(f"{path}: cannot be read: {reason}; {remedy}")
 
@@ -68,10 +68,11 @@ def unreadable(path: Path, error: OSError | ValueError, remedy: str) -> DataErro
 def make_room(corpora: int) -> None:
     """Let this process have the files of so many more corpora open, as far as its hard limit goes.
 
-    A corpus is two parts of two files, and a mapped file takes two descriptors: its own, and Python's mapping's.
+    A corpus is two parts of two files, or of three where its ids are linked, and a mapped file takes two descriptors:
+    its own, and Python's mapping's.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + 8 * corpora
+    wanted = soft + 12 * corpora
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and allowed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

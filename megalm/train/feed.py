@@ -145,7 +145,7 @@ class TrainFeed:
         """
         if self._stream is not None:
             places = self._global_batch
-            self._stream.reach(step * places, (step + 1 + self._steps_ahead) * places)
+            self._stream.reach(step * places, (step + 1) * places, self._steps_ahead * places)
         first = step * self._microbatches
         return [self._loader.take(number) for number in range(first, first + self._microbatches)]
 

@@ -32,7 +32,7 @@ SAMPLE = "sample.txt"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
 FREE_KEYS = {
-    *("run.dir", "run.allow_changed_config", "launch.collective_timeout", "data.workers"),
+    *("run.dir", "run.allow_changed_config", "launch.collective_timeout", "data.workers", "data.epochs"),
     *("checkpoint.keep", "checkpoint.load"),
     *("log.every", "log.callbacks", "sample.prompt", "sample.tokens", "sample.temperature", "sample.top_k"),
 }
@@ -43,10 +43,13 @@ LOCK_WAIT = 5.0
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without the keys that may change between a run and its resumption."""
-    return {
+    kept = {
         section: {key: value for key, value in table.items() if f"{section}.{key}" not in FREE_KEYS}
         for section, table in config.items()
     }
+    if blend := kept.get("data", {}).get("blend"):  # epochs only say when to refuse
+        kept["data"]["blend"] = [{key: value for key, value in entry.items() if key != "epochs"} for entry in blend]
+    return kept
 
 
 def check_run_folder(resolved: Resolved) -> None:

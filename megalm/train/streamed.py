@@ -21,7 +21,7 @@ from megalm.data.blend import Blend
 from megalm.data.loader import Loader
 from megalm.data.permutation import Permutation
 from megalm.data.stream import Block, Place, Stream, read_blocks, unpacked
-from megalm.errors import DataError
+from megalm.errors import DataError, MegalmError
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.plugin.contract.objective import Corpus
@@ -56,11 +56,14 @@ class StreamedSamples:
         self._stop = 0
         """Places below this are held, or were."""
         self._next = Place()
+        self._fruitful = 0
+        """The last epoch that gave samples, or the one that was begun with."""
         self._ended = False
 
     def begin(self, state: dict[str, int]) -> None:
         """Go on where the block begins that ``state`` names (of :meth:`state`)."""
         self._next, self._stop = Place(state["epoch"], state["documents"]), state["place"]
+        self._fruitful = state["epoch"]
 
     def state(self, place: int) -> dict[str, int]:
         """What :meth:`begin` needs for a run that goes on at ``place``, which was reached, or is the next after it."""
@@ -69,23 +72,47 @@ class StreamedSamples:
                 return {**asdict(block.begin), "place": block.start}
         return {**asdict(self._next), "place": self._stop}
 
-    def reach(self, first: int, last: int) -> None:
-        """Hold the places from ``first`` on, and those up to ``last`` (not included) as far as the stream has them.
+    def reach(self, first: int, last: int, more: int = 0) -> None:
+        """Hold the places from ``first`` up to ``last`` (not included), and ``more`` as far as the stream has them.
 
-        Collective: all ranks call it with the same numbers. DataError on all of them where the source fails.
+        Collective: all ranks call it with the same numbers. DataError on all of them where the source fails, or ends
+        before ``last``.
         """
         self._held = [block for block in self._held if block.stop > first]
-        while self._stop < last and not self._ended:
+        while self._stop < last + more and not self._ended:
             with phase("read stream"):
                 block = self._receive()
             if block is None:
                 self._ended = True
-                return
+                break
+            if block.begin.epoch > self._fruitful + 1:
+                raise DataError(
+                    f"data.source: {self._stream.source.identity} gave {self._objective.name} no sample in a whole "
+                    f"epoch; raise data.block = {self._stream.block_tokens}, or lower train.sequence_length"
+                )
             self._next = block.end
-            samples = self._objective.num_samples(block)
+            samples = self._samples_of(block)
             if samples > 0:
+                self._fruitful = block.begin.epoch
                 self._held.append(_Shuffled(block, self._stop, samples, self._seed))
                 self._stop += samples
+
+        if self._stop < last:
+            raise self._over()
+
+    def _samples_of(self, block: Block) -> int:
+        """None of a block that the objective cannot use: the short last one of an epoch, say."""
+        try:
+            self._objective.check_corpus(block)
+        except DataError:
+            return 0
+        return self._objective.num_samples(block)
+
+    def _over(self) -> DataError:
+        return DataError(
+            f"data.source: {self._stream.source.identity} ended after {self._stop} samples, in {self._stream.epochs} "
+            "epochs; raise data.epochs (0: as often as it takes), or lower train.steps"
+        )
 
     def at(self, places: np.ndarray) -> Iterator[tuple[Corpus, int, tuple[int | str, ...]]]:
         """As other orders give them; from any thread. DataError where the stream has ended."""
@@ -93,10 +120,7 @@ class StreamedSamples:
         for place in places.tolist():
             block = next((each for each in held if each.start <= place < each.stop), None)
             if block is None:
-                raise DataError(
-                    f"data.source: {self._stream.source.identity} ended after {self._stop} samples, in "
-                    f"{self._stream.epochs} epochs; raise data.epochs (0: as often as it takes), or lower train.steps"
-                )
+                raise self._over()
             yield block.sample(place)
 
     def close(self) -> None:
@@ -134,8 +158,9 @@ class StreamedSamples:
 
     def _take(self) -> Block | DataError | None:
         if self._reader is None:
-            blocks = read_blocks(self._stream, self._tokenizer, self._next)
-            self._reader = Loader(lambda _: _following(blocks, self._stream.source), workers=1, ahead=1, name="stream")
+            blocks, source = read_blocks(self._stream, self._tokenizer, self._next), self._stream.source
+            # It must not hold this object, whose end ends the thread.
+            self._reader = Loader(lambda _: _following(blocks, source), workers=1, ahead=1, name="stream")
         self._read += 1
         return self._reader.take(self._read - 1)
 
@@ -145,6 +170,8 @@ def _following(blocks: Iterator[Block], source: StreamSource) -> Block | DataErr
         return next(blocks, None)
     except DataError as error:
         return error
+    except MegalmError as error:
+        return DataError(str(error))
     except Exception as error:  # of whatever library the source reads with; the other ranks wait to be told
         return DataError(f"data.source: {source.identity} cannot be read: {type(error).__name__}: {error}")
 

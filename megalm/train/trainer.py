@@ -285,8 +285,10 @@ class Trainer:
             return
         state = start.manifest.state
         place = state["stream"] if state.get("data") == self.prepared.data_identity else {}
+        # Places count this run's samples, and a run that is gone on from may have had another global batch.
         samples = start.manifest.step * self.config.train.global_batch
-        self.feed.begin(place or {"epoch": 0, "documents": 0, "place": samples})
+        behind = state["samples"] - place["place"] if place else 0
+        self.feed.begin({"epoch": 0, "documents": 0, **place, "place": samples - behind})
         if place:
             skipped = f"{place['documents']:,} documents of epoch {place['epoch'] + 1}"
             self.console.message(f"the stream goes on after {skipped}, which are skipped")

@@ -131,7 +131,7 @@ class HFTokenizer(Tokenizer):
         # Every token must stand for its own bytes, or places in the text cannot be told from their sum.
         if not np.array_equal(np.concatenate(([0], ends))[tokens], np.cumsum([0, *map(len, texts)])):
             return super().encode_documents(documents)
-        if len(segments) == len(documents):
+        if all(len(document) == 1 for document in documents):
             return joined, np.diff(tokens)
         places = np.cumsum([len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments])
         return joined, np.diff(np.searchsorted(ends - sizes, places, side="left"), prepend=0)
@@ -176,11 +176,15 @@ class HFTokenizer(Tokenizer):
         model = self._content["model"]
         continues = model.get("continuing_subword_prefix") or _CONTINUES
         marked = model.get("type") == "WordPiece"
+        bytewise = _byte_characters() if self._byte_lengths is not None else {}
 
         def begins(index: int) -> bool:
             token = self._hf.id_to_token(index) or ""
             if marked:
                 return not token.startswith(continues)
+            if token and all(character in bytewise for character in token):
+                byte = bytewise[token[0]]  # those that go on with a character go on with the word
+                return begins_word(chr(byte)) if byte < 0x80 else byte >= 0xC0 and begins_word(self.decode([index]))
             return token.startswith(_SPACE) or begins_word(self.decode([index]))
 
         return np.array([begins(index) for index in range(self._size)])
@@ -224,6 +228,13 @@ class HFTokenizer(Tokenizer):
 
     def token(self, index: int) -> str:
         return self._hf.id_to_token(index) or f"<unused {index}>"
+
+
+def _byte_characters() -> dict[str, int]:
+    """What byte-level BPE writes for each byte: itself where it can be seen, else a character from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
 
 
 def _train_bpe(texts: Iterable[str], cfg: HFConfig) -> tokenizers.Tokenizer:

@@ -348,8 +348,12 @@ def test_words_begin_where_they_do(tokenizer, wordpiece):
     assert len(groups) < len(ids)
 
 
-def test_characters_of_chinese_are_words():
+def test_characters_of_chinese_are_words(bpe):
     (ids,) = ByteTokenizer().encode_batch(["再见king"])
     assert ByteTokenizer().word_starts()[ids].tolist() == [True, False, False] * 2 + [False] * 4
+    for text, starts in (("привет", [True, False] * 6), ("漢", [True, False, False])):
+        (ids,) = bpe.encode_batch([text])
+        if len(ids) == len(text.encode()):
+            assert bpe.word_starts()[ids].tolist() == starts
     assert all(begins_word(text) for text in ("再", "か", " k", ",", ""))
     assert not any(begins_word(text) for text in ("k", "é", "3", "\u0301"))

@@ -146,6 +146,48 @@ def test_a_stream_ends_after_its_epochs(tmp_path: Path, store: Path, manager: Pl
     assert len(done) >= 4
 
 
+@pytest.mark.parametrize("dp", [2, 4])
+def test_all_ranks_know_that_a_stream_has_ended(
+    dp: int, tmp_path: Path, store: Path, manager: PluginManager, source: Any
+) -> None:
+    """Also those whose own rows are still there: else they would wait for the others' gradients."""
+    for count in range(9, 14):
+        texts = (f"data_source.iterable.arguments={{count={count}}}", "data.epochs=1")
+        with pytest.raises(DataError, match=r"ended after \d+ samples, in 1 epochs"):
+            train(tmp_path / str(count), store, manager, *texts, "train.steps=30", dp=dp)
+
+
+def test_a_stream_without_a_sample_is_refused(
+    tmp_path: Path, store: Path, manager: PluginManager, source: Any
+) -> None:
+    short = ("data.block=20", "train.sequence_length=128", "data_source.iterable.arguments={count=3}")
+    with pytest.raises(DataError, match=r"gave causal_lm no sample in a whole epoch; raise data\.block = 20,"):
+        train(tmp_path, store, manager, *short, dp=2)
+
+
+def test_a_block_that_an_objective_cannot_use_is_left_out(
+    tmp_path: Path, store: Path, manager: PluginManager, source: Any
+) -> None:
+    """Sentence pairs are drawn from two documents, and some of these blocks have one."""
+    losses = train(tmp_path, store, manager, "data.block=100", "train.steps=12", objective="nsp")
+    assert len(losses) == 12
+
+
+def test_a_run_from_a_checkpoint_with_another_batch_goes_on_behind_it(
+    tmp_path: Path, store: Path, manager: PluginManager, source: Any
+) -> None:
+    """The samples behind those that were seen, as the run with the old batch takes them."""
+    whole = train(tmp_path / "whole", store, manager, "checkpoint.every=1", "checkpoint.keep=9")
+    load = f"checkpoint.load={tmp_path / 'whole' / 'run' / 'checkpoints' / 'step-00000003'}"
+    small = train(tmp_path / "small", store, manager, load, "train.global_batch=4", "train.steps=4")
+    large = train(tmp_path / "large", store, manager, load, "train.global_batch=16", "train.steps=4")
+    assert len(small) == len(large) == 1
+    # The first loss is of the same weights: that of eight rows is the mean of that of its halves.
+    assert whole[3] != small[0] != large[0]
+    again = train(tmp_path / "again", store, manager, load)
+    assert again == pytest.approx(whole[3:], rel=1e-9)
+
+
 def test_a_function_that_is_not_there_is_named(tmp_path: Path, store: Path, manager: PluginManager) -> None:
     with pytest.raises((ConfigError, DataError), match="No module named 'nothing_here'"):
         train(tmp_path, store, manager, "data_source.iterable.function=nothing_here:texts")

@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +56,9 @@ def main() -> NoReturn:
         answer({"error": type(error).__name__, "message": str(error)})
     except OSError as error:
         answer({"error": "OSError", "message": f"{error.filename or ''}: {error.strerror or error}"})
+    except Exception as error:  # of a plugin's tokenizer, say
+        traceback.print_exc()
+        answer({"error": "MegalmError", "message": f"{type(error).__name__} in a worker of prepare: {error}"})
     answers.flush()
     os._exit(1)  # the thread that listens holds standard input
 

@@ -73,17 +73,28 @@ class _Process:
     def __init__(self, setup: dict[str, Any]) -> None:
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "megalm.data.shards.worker_main"]
+        # Nothing is buffered here: a line that lay in a buffer would not wake who waits for the pipe.
         self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, encoding="utf-8"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
         )
         self.job: Job | None = None
+        self.begun = b""
+        """Of a line whose end has not come."""
         self.send(setup)
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.child.stdin is not None
         with suppress(BrokenPipeError):  # its end is seen when it is read
-            self.child.stdin.write(json.dumps(message) + "\n")
-            self.child.stdin.flush()
+            left = memoryview(json.dumps(message).encode() + b"\n")
+            while left:
+                left = left[self.child.stdin.write(left) :]
+
+    def read(self) -> list[bytes] | None:
+        """The lines that have come, once some bytes have; None at the end."""
+        assert self.child.stdout is not None
+        data = os.read(self.child.stdout.fileno(), 1 << 16)
+        *lines, self.begun = (self.begun + data).split(b"\n")
+        return lines if data else None
 
     def end(self, *, kill: bool) -> None:
         if kill:
@@ -141,10 +152,9 @@ class _Pool:
         process.send({"out": os.fsencode(self._folder / key).hex(), "file": file, "unit": unit})
 
     def _hear(self, process: _Process, waiting: list[tuple[str, Job]], tick: Tick) -> None:
-        """One line; workers write nothing else, and each line at once, so that reading one never waits."""
-        assert process.child.stdout is not None
-        line = process.child.stdout.readline()
-        if not line:
+        """What a worker has written: lines, and nothing else."""
+        lines = process.read()
+        if lines is None:
             status = process.child.wait()
             path = process.job.file.path if process.job is not None else "the tokenizer"
             what = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -152,13 +162,13 @@ class _Pool:
                 f"{path}: the process that worked on it {what}; where memory ran out, use fewer --workers. "
                 "Run the same command again to go on"
             )
-        message = json.loads(line)
-        if "read" in message:
-            tick(message["read"])
-        elif "done" in message:
-            self._next(process, waiting)
-        else:
-            raise _ERRORS.get(message["error"], MegalmError)(message["message"])
+        for message in map(json.loads, lines):
+            if "read" in message:
+                tick(message["read"])
+            elif "done" in message:
+                self._next(process, waiting)
+            else:
+                raise _ERRORS.get(message["error"], MegalmError)(message["message"])
 
 
 def worker_tokenizer(module: str, name: str, folder: str) -> Tokenizer:

@@ -274,3 +274,26 @@ def test_a_shards_name_follows_what_decides_it(tmp_path):
     path.write_text("a\n\nc")
     names.add(Job(describe(path), unit).key(work, ByteTokenizer()))
     assert len(names) == 8
+
+
+_STUB = """
+import os, sys
+sys.stdin.readline()
+for line in sys.stdin:
+    os.write(1, b'{"read": 1}\\n{"re')
+    os.write(1, b'ad": 2}\\n{"done": true}\\n')
+"""
+
+
+def test_answers_that_come_together_or_in_parts_are_all_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that waited in a buffer would leave worker and parent waiting for each other."""
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", _STUB], **more))
+    (tmp_path / "text.txt").write_text("text")
+    jobs = [(f"job {n}", Job(describe(tmp_path / "text.txt"), None)) for n in range(5)]
+    heard: list[int] = []
+    work = Work("blank-line", "text", False, 100, True, Cleaning())
+    run_jobs(jobs, work, ByteTokenizer(), "byte", tmp_path, 2, heard.append)
+    assert sorted(heard) == [1] * 5 + [2] * 5
