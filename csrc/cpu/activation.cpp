@@ -2,7 +2,9 @@
 #include "include/activation.h"
 
 #include <type_traits>
+#include <vector>
 
+#include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/types.h"
 #include "cpu/vmath.h"
@@ -101,78 +103,107 @@ void over_pieces(int64_t rows, int64_t cols, const F& f) {
 template <class T, class Act>
 void gated_forward(const MegalmGatedForward& a) {
   over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
-    const T* gate = static_cast<const T*>(a.x) + 2 * row * a.cols;
-    const T* up = gate + a.cols;
-    T* y = static_cast<T*>(a.y) + row * a.cols;
+    const T* x = static_cast<const T*>(a.x) + 2 * row * a.cols;
+    Source<T> gates(x), ups(x + a.cols);
+    Sink<T> sink(static_cast<T*>(a.y) + row * a.cols);
+    stages(begin, end, [&](int64_t from, int64_t size) {
+      const float *gate = gates.at(from, size), *up = ups.at(from, size);
+      float* y = sink.at(from);
 #pragma omp simd
-    for (int64_t j = begin; j < end; ++j) store(y + j, Act::value(load(gate[j])) * load(up[j]));
+      for (int64_t j = 0; j < size; ++j) y[j] = Act::value(gate[j]) * up[j];
+      sink.put(from, size);
+    });
   });
 }
 
 template <class T, class Act>
 void gated_backward(const MegalmGatedBackward& a) {
   over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
-    const T* gate = static_cast<const T*>(a.x) + 2 * row * a.cols;
-    const T* up = gate + a.cols;
-    const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
-    T* dgate = static_cast<T*>(a.dx) + 2 * row * a.cols;
-    T* dup = dgate + a.cols;
+    const T* x = static_cast<const T*>(a.x) + 2 * row * a.cols;
+    T* dx = static_cast<T*>(a.dx) + 2 * row * a.cols;
+    Source<T> gates(x), ups(x + a.cols), seeds(static_cast<const T*>(a.dy) + row * a.cols);
+    Sink<T> to_gates(dx), to_ups(dx + a.cols);
+    stages(begin, end, [&](int64_t from, int64_t size) {
+      const float *gate = gates.at(from, size), *up = ups.at(from, size), *dy = seeds.at(from, size);
+      float *dgate = to_gates.at(from), *dup = to_ups.at(from);
 #pragma omp simd
-    for (int64_t j = begin; j < end; ++j) {
-      const float x = load(gate[j]), g = load(dy[j]), u = load(up[j]);
-      store(dup + j, g * Act::value(x));
-      store(dgate + j, Act::gradient(x, g * u));
-    }
+      for (int64_t j = 0; j < size; ++j) {
+        const float v = gate[j], g = dy[j], u = up[j];
+        dup[j] = g * Act::value(v);
+        dgate[j] = Act::gradient(v, g * u);
+      }
+      to_gates.put(from, size);
+      to_ups.put(from, size);
+    });
   });
+}
+
+// Empty where there is none.
+template <class T>
+std::vector<float> wide_bias(const T* bias, int64_t n) {
+  std::vector<float> wide(static_cast<size_t>(bias == nullptr ? 0 : n));
+  widen(bias, static_cast<int64_t>(wide.size()), wide.data());
+  return wide;
 }
 
 template <class T, class Act>
 void biased_forward(const MegalmBiasActivationForward& a) {
-  over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
-    const T* x = static_cast<const T*>(a.x) + row * a.cols;
-    const T* bias = static_cast<const T*>(a.bias);
-    T* y = static_cast<T*>(a.y) + row * a.cols;
-    if (bias != nullptr) {
+  const std::vector<float> biases = wide_bias(static_cast<const T*>(a.bias), a.cols);
+  over_pieces(a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t end) {
+    Source<T> in(static_cast<const T*>(a.x) + row * a.cols);
+    Sink<T> sink(static_cast<T*>(a.y) + row * a.cols);
+    stages(begin, end, [&](int64_t from, int64_t size) {
+      const float* x = in.at(from, size);
+      float* y = sink.at(from);
+      if (a.bias != nullptr) {
+        const float* bias = biases.data() + from;
 #pragma omp simd
-      for (int64_t j = begin; j < end; ++j) store(y + j, Act::value(load(x[j]) + load(bias[j])));
-    } else {
+        for (int64_t j = 0; j < size; ++j) y[j] = Act::value(x[j] + bias[j]);
+      } else {
 #pragma omp simd
-      for (int64_t j = begin; j < end; ++j) store(y + j, Act::value(load(x[j])));
-    }
+        for (int64_t j = 0; j < size; ++j) y[j] = Act::value(x[j]);
+      }
+      sink.put(from, size);
+    });
   });
 }
 
 template <class T, class Act>
 void plain_backward(const MegalmBiasActivationBackward& a) {
   over_pieces(a.rows, a.cols, [&a](int64_t row, int64_t begin, int64_t end) {
-    const T* x = static_cast<const T*>(a.x) + row * a.cols;
-    const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
-    T* dx = static_cast<T*>(a.dx) + row * a.cols;
+    Source<T> in(static_cast<const T*>(a.x) + row * a.cols), seeds(static_cast<const T*>(a.dy) + row * a.cols);
+    Sink<T> sink(static_cast<T*>(a.dx) + row * a.cols);
+    stages(begin, end, [&](int64_t from, int64_t size) {
+      const float *x = in.at(from, size), *dy = seeds.at(from, size);
+      float* dx = sink.at(from);
 #pragma omp simd
-    for (int64_t j = begin; j < end; ++j) store(dx + j, Act::gradient(load(x[j]), load(dy[j])));
+      for (int64_t j = 0; j < size; ++j) dx[j] = Act::gradient(x[j], dy[j]);
+      sink.put(from, size);
+    });
   });
 }
 
-// Through a block in the nearest cache: of one loop with both uses of the gradient no vectors are made for float16.
 template <class T, class Act>
-void backward_row(const T* x, const T* dy, const T* bias, T* dx, float* partial, int64_t n) {
-  constexpr int64_t kBlock = 1024;
-  float d[kBlock];
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = std::min(kBlock, n - begin);
+void backward_row(const T* x0, const T* dy0, const float* bias, T* dx0, float* partial, int64_t n) {
+  Source<T> in(x0), seeds(dy0);
+  Sink<T> sink(dx0);
+  stages(0, n, [&](int64_t from, int64_t size) {
+    const float *x = in.at(from, size), *dy = seeds.at(from, size), *b = bias + from;
+    float *dx = sink.at(from), *sums = partial + from;
 #pragma omp simd
-    for (int64_t j = 0; j < size; ++j) d[j] = Act::gradient(load(x[begin + j]) + load(bias[begin + j]), load(dy[begin + j]));
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) store(dx + begin + j, d[j]);
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) partial[begin + j] += d[j];
-  }
+    for (int64_t j = 0; j < size; ++j) {
+      const float d = Act::gradient(x[j] + b[j], dy[j]);
+      dx[j] = d;
+      sums[j] += d;
+    }
+    sink.put(from, size);
+  });
 }
 
 template <class T, class Act>
 void biased_backward(const MegalmBiasActivationBackward& a) {
   const int64_t n = a.cols;
-  const T* bias = static_cast<const T*>(a.bias);
+  const std::vector<float> bias = wide_bias(static_cast<const T*>(a.bias), n);
   // Which rows make which partial sum is fixed by the shape, so that the result does not depend on who computes it.
   torch::stable::parallel_for(0, a.partials, 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p) {
@@ -182,7 +213,7 @@ void biased_backward(const MegalmBiasActivationBackward& a) {
         const T* x = static_cast<const T*>(a.x) + row * n;
         const T* dy = static_cast<const T*>(a.dy) + row * n;
         T* dx = static_cast<T*>(a.dx) + row * n;
-        backward_row<T, Act>(x, dy, bias, dx, partial, n);
+        backward_row<T, Act>(x, dy, bias.data(), dx, partial, n);
       }
     }
   });

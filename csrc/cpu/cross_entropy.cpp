@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/reduce.h"
 #include "cpu/types.h"
@@ -16,21 +17,22 @@ constexpr float kLeast = -std::numeric_limits<float>::infinity();
 template <class T, bool kTotal>
 void statistics_of_row(const MegalmCrossEntropyStatistics& a, int64_t token) {
   const T* z = static_cast<const T*>(a.logits) + token * a.stride;
-  float top = kLeast;
+  float top = kLeast, block[kIsWide<T> ? 1 : kBlock];
   double sum = 0.0, total = 0.0;
   for (int64_t begin = 0; begin < a.rows; begin += kBlock) {
-    const int64_t end = std::min(a.rows, begin + kBlock);
+    const int64_t size = std::min(kBlock, a.rows - begin);
+    const float* x = wide_row(z + begin, size, block);
     float tops[kLanes], sums[kLanes] = {}, totals[kLanes] = {};
     std::fill(tops, tops + kLanes, kLeast);
-    in_lanes(begin, end, [&](int64_t j, int lane) {
-      const float v = load(z[j]);
+    in_lanes(0, size, [&](int64_t j, int lane) {
+      const float v = x[j];
       tops[lane] = v > tops[lane] ? v : tops[lane];
     });
     const float before = top;
     for (const float each : tops) top = each > top ? each : top;
     const float base = top == kLeast ? 0.f : top;  // exp(-inf - base) is then 0; that of a NaN is one
-    in_lanes(begin, end, [&](int64_t j, int lane) {
-      const float v = load(z[j]);
+    in_lanes(0, size, [&](int64_t j, int lane) {
+      const float v = x[j];
       sums[lane] += exp(v - base);
       if (kTotal) totals[lane] += v;
     });
@@ -56,8 +58,15 @@ void gradient_of_row(const MegalmCrossEntropyGradient& a, int64_t token) {
   const int64_t local = a.labels[token] - a.first_row;
   const bool mine = local >= 0 && local < a.rows;
   const float label = mine ? load(z[local]) : 0.f;
+  Source<T> source(z);
+  Sink<T> sink(z);
+  stages(0, a.rows, [&](int64_t from, int64_t size) {
+    const float* in = source.at(from, size);
+    float* out = sink.at(from);
 #pragma omp simd
-  for (int64_t j = 0; j < a.rows; ++j) store(z + j, factor * exp(load(z[j]) - top) - same);
+    for (int64_t j = 0; j < size; ++j) out[j] = factor * exp(in[j] - top) - same;
+    sink.put(from, size);
+  });
   if (mine) store(z + local, factor * exp(label - top) - same - scale * a.confidence);
 }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/types.h"
 #include "include/philox.h"
@@ -10,7 +11,8 @@
 namespace megalm::cpu {
 namespace {
 
-constexpr int64_t kStretch = 32 * kDraws;  // features whose draws are in the buffer at once
+constexpr int64_t kStretch = kStage;  // features whose draws are in the buffer at once
+static_assert(kStretch % kDraws == 0);
 constexpr int64_t kRows = 64;              // whose bias gradients are summed in float before they go to a partial sum
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -63,15 +65,19 @@ template <class T, bool kResidual, bool kBias>
 void forward_rows(const MegalmDropoutForward& a, int64_t first, int64_t last) {
   stretches(a.mask, first, last, a.cols, [&a](int64_t row, int64_t begin, int64_t n, const float* factors) {
     const int64_t at = row * a.cols + begin;
-    const T* x = static_cast<const T*>(a.x) + at;
-    const T* residual = kResidual ? static_cast<const T*>(a.residual) + at : nullptr;
-    const T* bias = kBias ? static_cast<const T*>(a.bias) + begin : nullptr;
-    T* y = static_cast<T*>(a.y) + at;
+    Source<T> in(static_cast<const T*>(a.x) + at), biases(kBias ? static_cast<const T*>(a.bias) + begin : nullptr);
+    Source<T> residuals(kResidual ? static_cast<const T*>(a.residual) + at : nullptr);
+    Sink<T> sink(static_cast<T*>(a.y) + at);
+    const float* x = in.at(0, n);
+    const float* bias = kBias ? biases.at(0, n) : nullptr;
+    const float* residual = kResidual ? residuals.at(0, n) : nullptr;
+    float* y = sink.at(0);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const float v = (kBias ? load(x[j]) + load(bias[j]) : load(x[j])) * factors[j];
-      store(y + j, kResidual ? load(residual[j]) + v : v);
+      const float v = (kBias ? x[j] + bias[j] : x[j]) * factors[j];
+      y[j] = kResidual ? residual[j] + v : v;
     }
+    sink.put(0, n);
   });
 }
 
@@ -87,15 +93,18 @@ void forward(const MegalmDropoutForward& a, int64_t first, int64_t last) {
 template <class T, bool kBias>
 void backward_rows(const MegalmDropoutBackward& a, int64_t first, int64_t last, float* few) {
   stretches(a.mask, first, last, a.cols, [&a, few](int64_t row, int64_t begin, int64_t n, const float* factors) {
-    const T* dy = static_cast<const T*>(a.dy) + row * a.cols + begin;
-    T* dx = static_cast<T*>(a.dx) + row * a.cols + begin;
+    Source<T> seeds(static_cast<const T*>(a.dy) + row * a.cols + begin);
+    Sink<T> sink(static_cast<T*>(a.dx) + row * a.cols + begin);
+    const float* dy = seeds.at(0, n);
+    float* dx = sink.at(0);
     float* sums = kBias ? few + begin : nullptr;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const float g = load(dy[j]) * factors[j];
-      store(dx + j, g);
+      const float g = dy[j] * factors[j];
+      dx[j] = g;
       if (kBias) sums[j] += g;
     }
+    sink.put(0, n);
   });
 }
 

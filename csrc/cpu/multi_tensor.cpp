@@ -2,16 +2,13 @@
 // while they are converted.
 #include "include/multi_tensor.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include <atomic>
-#include <cmath>
 #include <vector>
 
+#include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/types.h"
+#include "cpu/vmath.h"
 #include "include/adam.h"
 
 namespace megalm::cpu {
@@ -49,15 +46,27 @@ inline void for_pieces(const Chunk& chunk, const F& f) {
 // In lanes, since one sum would wait for itself at each addition.
 template <class T>
 double squares(const T* x, int64_t n) {
-  double lanes[kDoubles] = {};
+  double lanes[kDoubles] = {}, total = 0.0;
   int64_t j = 0;
+#if defined(MEGALM_AVX2)
+  __m256d low = _mm256_setzero_pd(), high = low, low2 = low, high2 = low;
+  for (; j + 16 <= n; j += 16) {
+    const __m256 v = load8(x + j), w = load8(x + j + 8);
+    const __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), b = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    const __m256d c = _mm256_cvtps_pd(_mm256_castps256_ps128(w)), d = _mm256_cvtps_pd(_mm256_extractf128_ps(w, 1));
+    low = _mm256_fmadd_pd(a, a, low), high = _mm256_fmadd_pd(b, b, high);
+    low2 = _mm256_fmadd_pd(c, c, low2), high2 = _mm256_fmadd_pd(d, d, high2);
+  }
+  _mm256_storeu_pd(lanes, low), _mm256_storeu_pd(lanes + 4, high);
+  _mm256_storeu_pd(lanes + 8, low2), _mm256_storeu_pd(lanes + 12, high2);
+#else
   for (; j + kDoubles <= n; j += kDoubles)
 #pragma omp simd
     for (int lane = 0; lane < kDoubles; ++lane) {
       const double v = load(x[j + lane]);
       lanes[lane] += v * v;
     }
-  double total = 0.0;
+#endif
   for (; j < n; ++j) {
     const double v = load(x[j]);
     total += v * v;
@@ -71,65 +80,49 @@ void add_up(const MegalmMulti& a, const std::vector<Chunk>& chunks, const double
   for (size_t c = 0; c < chunks.size(); ++c) sums[chunks[c].item] += partial[c];
 }
 
+constexpr int32_t kMagnitude = 0x7fffffff, kInfinite = 0x7f800000;  // what is no number has more bits than that
+
 // Whether something is not finite; multiplies unless the factor is 1.
 template <class T>
 bool scale(T* x, int64_t n, float factor) {
-  int32_t bad = 0;
-  if (factor == 1.f) {
-#pragma omp simd reduction(| : bad)
-    for (int64_t j = 0; j < n; ++j) bad |= static_cast<int32_t>(!(std::fabs(load(x[j])) <= 3.4028234e38f));
-  } else {
-#pragma omp simd reduction(| : bad)
-    for (int64_t j = 0; j < n; ++j) {
-      const float v = load(x[j]);
-      bad |= static_cast<int32_t>(!(std::fabs(v) <= 3.4028234e38f));
-      store(x + j, v * factor);
-    }
-  }
-  return bad != 0;
-}
-
-#if defined(__F16C__)
-// The processor converts float16 itself, which compilers do not know how to use in loops.
-template <>
-bool scale(f16* x, int64_t n, float factor) {
-  const __m256 by = _mm256_set1_ps(factor), largest = _mm256_set1_ps(65504.f), sign = _mm256_set1_ps(-0.f);
-  __m256 good = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
   int64_t j = 0;
+  int32_t worst = 0;
+#if defined(MEGALM_AVX2)
+  const __m256 by = _mm256_set1_ps(factor);
+  const __m256i magnitude = _mm256_set1_epi32(kMagnitude);
+  __m256i worst8 = _mm256_setzero_si256();
   for (; j + 8 <= n; j += 8) {
-    __m128i* at = reinterpret_cast<__m128i*>(x + j);
-    const __m256 v = _mm256_cvtph_ps(_mm_loadu_si128(at));
-    good = _mm256_and_ps(good, _mm256_cmp_ps(_mm256_andnot_ps(sign, v), largest, _CMP_LE_OQ));
-    if (factor != 1.f) _mm_storeu_si128(at, _mm256_cvtps_ph(_mm256_mul_ps(v, by), _MM_FROUND_TO_NEAREST_INT));
+    const __m256 v = load8(x + j);
+    worst8 = _mm256_max_epi32(worst8, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+    if (factor != 1.f) store8(x + j, _mm256_mul_ps(v, by));
   }
-  bool bad = _mm256_movemask_ps(good) != 0xff;
+  int32_t lanes[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), worst8);
+  for (const int32_t lane : lanes) worst = std::max(worst, lane);
+#endif
   for (; j < n; ++j) {
     const float v = load(x[j]);
-    bad |= !(std::fabs(v) <= 65504.f);
-    store(x + j, v * factor);
+    worst = std::max(worst, bits_of(v) & kMagnitude);
+    if (factor != 1.f) store(x + j, v * factor);
   }
-  return bad;
+  return worst >= kInfinite;
 }
-#endif
 
 // The gradients of a piece as float: in `buffer`, unless they are that already and there is nothing to multiply by.
 const float* gradients(const MegalmMultiItem& item, int64_t begin, int64_t n, float factor, float* buffer) {
   if (item.gradient_dtype == MEGALM_F32 && factor == 1.f) return static_cast<const float*>(item.gradient) + begin;
   with_dtype(item.gradient_dtype, [&](auto element) {
-    const auto* g = static_cast<const decltype(element)*>(item.gradient) + begin;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) buffer[j] = load(g[j]) * factor;
+    widen(static_cast<const decltype(element)*>(item.gradient) + begin, n, buffer);
   });
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) buffer[j] *= factor;
   return buffer;
 }
 
 void copy_out(const MegalmMultiItem& item, int64_t begin, int64_t n) {
   if (item.copy_dtype == MEGALM_NO_COPY) return;
   with_dtype(item.copy_dtype, [&](auto element) {
-    auto* copy = static_cast<decltype(element)*>(item.copy) + begin;
-    const float* w = item.weight + begin;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) store(copy + j, w[j]);
+    narrow(item.weight + begin, n, static_cast<decltype(element)*>(item.copy) + begin);
   });
 }
 

@@ -294,3 +294,18 @@ def test_compiles_whole(backend: Backend) -> None:
     for name, tensors in plain.items():
         for one, other in zip(tensors, compiled[name], strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [0.37, 3.0, -1e-3])
+def test_every_16_bit_value_is_read_and_rounded_as_torch_does(
+    backend: Backend, dtype: torch.dtype, factor: float
+) -> None:
+    """Denormal values, ties, infinities and NaNs among them, in vectors and one by one."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    singles = values[: 7 * 64].reshape(64, 7).unbind()
+    tensors = [each.clone().to(backend.device) for each in (values, *singles)]
+    MultiTensor(backend.namespace).scale_(tensors, _scalar(backend, factor), _scalar(backend, 0.0))
+    by = torch.tensor(factor, dtype=torch.float32)
+    for found, before in zip(tensors, (values, *singles), strict=True):
+        torch.testing.assert_close(found.cpu(), (before.float() * by).to(dtype), rtol=0, atol=0, equal_nan=True)
