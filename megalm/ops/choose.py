@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from megalm.errors import ConfigError, PluginError
 from megalm.ops import activation, cross_entropy, dropout, norm, rope, softmax
 from megalm.ops.kernels import Kernels
@@ -97,9 +99,34 @@ class Native(KernelProvider):
         have = _NATIVE[request.operation]("megalm")
         functions = {name: getattr(have, name) for name in OPERATIONS[request.operation]}
         if self._device == "cpu" and request.operation == "layer_norm":
-            # Where nothing is added torch's own is faster (benchmarks/kernels.py); with the addition ours is.
             functions["layer_norm"] = norm.torch_layer_norm
+        if self._device == "cpu" and request.operation == "activation":
+            functions["bias_activation"] = _PlainByTorch(functions["bias_activation"])
         return functions
+
+    def parts(self, request: KernelRequest) -> Mapping[str, str]:
+        """What of an operation torch computes all the same, and why."""
+        return _CPU_BY_TORCH.get(request.operation, {}) if self._device == "cpu" else {}
+
+
+_PLAIN_BY_TORCH = ("relu", "silu")
+_CPU_BY_TORCH: Mapping[str, Mapping[str, str]] = {
+    "layer_norm": {"without a residual": "torch, whose own is as fast or faster"},
+    "activation": {f"{' and '.join(_PLAIN_BY_TORCH)} without a bias": "torch, whose own are as fast or faster"},
+}
+"""What benchmarks/kernels.py --native shows on a processor: where nothing is fused there is nothing to win."""
+
+
+class _PlainByTorch:
+    """A ``bias_activation`` that leaves what is not fused to torch."""
+
+    def __init__(self, fused: Function) -> None:
+        self._fused = fused
+
+    def __call__(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+        plain = bias is None and kind in _PLAIN_BY_TORCH
+        out: Tensor = activation.torch_bias_activation(x, None, kind) if plain else self._fused(x, bias, kind)
+        return out
 
 
 BUILT_IN: Mapping[str, KernelProvider] = {
@@ -125,18 +152,21 @@ class Decision:
     sources: str | None = None
     """Hex SHA-256 of what megalm's kernels were built from; none of other implementations. Two hosts may have libraries
     of different sources, and what they compute then differs in its last digits at least."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the operation that something else computes, with what and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """All but the operation, as JSON values."""
         built = {} if self.sources is None else {"sources": self.sources}
+        parts = {"parts": dict(self.parts)} if self.parts else {}
         passed = dict(self.passed_over)
-        return {"implementation": self.implementation, "asked": self.asked, "passed_over": passed, **built}
+        return {"implementation": self.implementation, "asked": self.asked, "passed_over": passed, **built, **parts}
 
     def __str__(self) -> str:
-        if self.asked != AUTO:
-            return f"{self.implementation} (asked for)"
-        over = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
-        return f"{self.implementation} ({over})" if over else self.implementation
+        asked = [] if self.asked == AUTO else ["asked for"]
+        over = [f"not {name}: {why}" for name, why in self.passed_over.items()]
+        notes = "; ".join([*asked, *over, *(f"{part}: {what}" for part, what in self.parts.items())])
+        return f"{self.implementation} ({notes})" if notes else self.implementation
 
 
 def choose_kernels(
@@ -172,14 +202,15 @@ def _decide(
         why = provider.supports(request)
         if why is not None:
             return why, provider
-        return Decision(request.operation, name, name, sources=_sources(provider)), provider
+        return Decision(request.operation, name, name, {}, _sources(provider), _parts(provider, request)), provider
     passed: dict[str, str] = {}
     for built_in, provider in BUILT_IN.items():
         why = provider.supports(request)
         if why is None:
             # That a kernel is for the other device is no news.
             news = {key: text for key, text in passed.items() if key not in ("cpu", "cuda") or key == request.device}
-            return Decision(request.operation, built_in, name, news, _sources(provider)), provider
+            parts = _parts(provider, request)
+            return Decision(request.operation, built_in, name, news, _sources(provider), parts), provider
         passed[built_in] = why
     raise AssertionError("the reference serves everything")
 
@@ -187,6 +218,10 @@ def _decide(
 def _sources(provider: KernelProvider) -> str | None:
     found = library() if isinstance(provider, Native) else None
     return str(found.record["sources"]) if isinstance(found, Library) else None
+
+
+def _parts(provider: KernelProvider, request: KernelRequest) -> Mapping[str, str]:
+    return provider.parts(request) if isinstance(provider, Native) else {}
 
 
 def provider_named(name: str, manager: PluginManager | None) -> KernelProvider:
