@@ -13,19 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalm.ops import activation, norm, rope, softmax
+from megalm.ops import activation, norm, rope
 from megalm.ops.cross_entropy import cross_entropy
 from megalm.ops.dropout import DropoutAddress, row_spans
+from megalm.ops.kernels import Kernels
 from megalm.ops.linear_cross_entropy import linear_cross_entropy
-from megalm.ops.native.activation import Activations
-from megalm.ops.native.cross_entropy import CrossEntropies
-from megalm.ops.native.dropout import Dropouts
 from megalm.ops.native.multi_tensor import MultiTensor
-from megalm.ops.native.norm import Norms
-from megalm.ops.native.rope import Rope
-from megalm.ops.native.softmax import Softmaxes
 
-HERE = "megalm"
+HERE, EAGER = "megalm", "eager"
 Run = Callable[..., Any]
 
 
@@ -47,6 +42,10 @@ class Case:
     forward_bytes: int = 0
     """That the forward reads and writes at least; 0 where arithmetic, not memory, is the limit."""
     backward_bytes: int = 0
+    before: Callable[[], object] | None = None
+    """Called, untimed, before each call: puts back what calls overwrite."""
+    apart: bool = True
+    """Forward and backward compare each for itself; not where a forward makes the gradients too."""
     missing: dict[str, str] = field(default_factory=dict)
     """Peers that are installed and could not be prepared, with the reason."""
 
@@ -57,22 +56,26 @@ class Scale:
 
     device: torch.device
     dtype: torch.dtype
-    elements: int
-    """Of a large tensor."""
-    widths: tuple[int, ...]
-    vocabularies: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+    """Rows and columns."""
+    logits: tuple[tuple[int, int], ...]
+    """Tokens and vocabulary."""
+    kernels: Kernels
+    """What is measured."""
+    compiled: tuple[tuple[int, int], ...] | None = None
+    """Shapes at which torch.compile is a peer; none for all."""
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_()
 
-    def rows(self, width: int) -> int:
-        return max(1, self.elements // width)
+    def compiles(self, shape: tuple[int, int]) -> bool:
+        return self.compiled is None or shape in self.compiled
 
 
-def with_peers(case: Case, **peers: Callable[[], Contender]) -> Case:
+def with_peers(case: Case, compiled: bool = True, **peers: Callable[[], Contender]) -> Case:
     """Adds the peers whose packages are there (an argument's name is the package's) and torch.compile of ``eager``."""
-    eager = case.contenders.get("eager")
-    if eager is not None and eager.inputs:
+    eager = case.contenders[EAGER]
+    if compiled and eager.inputs:
         case.contenders["compile"] = Contender(torch.compile(eager.run, dynamic=False), eager.inputs)
     if case.contenders[HERE].inputs and not case.contenders[HERE].inputs[0].is_cuda:
         return case
@@ -86,25 +89,36 @@ def with_peers(case: Case, **peers: Callable[[], Contender]) -> Case:
     return case
 
 
+def pair(own: Run, eager: Run, inputs: tuple[Tensor, ...]) -> dict[str, Contender]:
+    """megalm's function and torch's of the same values."""
+    return {HERE: Contender(own, inputs), EAGER: Contender(eager, inputs)}
+
+
 def norms(s: Scale) -> Iterator[Case]:
     """Normalisation, alone and with the residual addition."""
-    native = Norms(HERE)
-    for width in s.widths:
-        rows = s.rows(width)
+    k = s.kernels
+
+    def torch_add_rms(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + r
+        return norm.torch_rms_norm(total, w, 1e-6), total
+
+    def torch_add_layer(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + r
+        return norm.torch_layer_norm(total, w, b, 1e-6), total
+
+    for rows, width in s.shapes:
         x, residual, weight, bias = s.draw(rows, width), s.draw(rows, width), s.draw(width), s.draw(width)
-        size, one = f"{rows}x{width}", x.nbytes
+        size, one, compiled = f"{rows}x{width}", x.nbytes, s.compiles((rows, width))
         plain, layered = (x, weight), (x, weight, bias)
         yield with_peers(
             Case(
                 "rms_norm",
                 size,
-                {
-                    HERE: Contender(lambda x, w: native.rms_norm(x, w, 1e-6), plain),
-                    "eager": Contender(lambda x, w: norm.torch_rms_norm(x, w, 1e-6), plain),
-                },
+                pair(lambda x, w: k.rms_norm(x, w, 1e-6), lambda x, w: norm.torch_rms_norm(x, w, 1e-6), plain),
                 2 * one,
                 3 * one,
             ),
+            compiled,
             liger_kernel=lambda plain=plain: Contender(
                 lambda t, w: _function("liger_kernel.transformers.functional", "liger_rms_norm")(
                     t, w, 1e-6, in_place=False
@@ -125,27 +139,25 @@ def norms(s: Scale) -> Iterator[Case]:
             Case(
                 "add_rms_norm",
                 size,
-                {
-                    HERE: Contender(lambda x, r, w: native.add_rms_norm(x, r, w, 1e-6), (x, residual, weight)),
-                    "eager": Contender(
-                        lambda x, r, w: (norm.torch_rms_norm(x + r, w, 1e-6), x + r), (x, residual, weight)
-                    ),
-                },
+                pair(lambda x, r, w: k.add_rms_norm(x, r, w, 1e-6), torch_add_rms, (x, residual, weight)),
                 4 * one,
                 4 * one,
-            )
+            ),
+            compiled,
         )
         yield with_peers(
             Case(
                 "layer_norm",
                 size,
-                {
-                    HERE: Contender(lambda x, w, b: native.layer_norm(x, w, b, 1e-6), layered),
-                    "eager": Contender(lambda x, w, b: norm.torch_layer_norm(x, w, b, 1e-6), layered),
-                },
+                pair(
+                    lambda x, w, b: k.layer_norm(x, w, b, 1e-6),
+                    lambda x, w, b: norm.torch_layer_norm(x, w, b, 1e-6),
+                    layered,
+                ),
                 2 * one,
                 3 * one,
             ),
+            compiled,
             liger_kernel=lambda layered=layered: Contender(
                 lambda t, w, b: _function("liger_kernel.transformers.functional", "liger_layer_norm")(t, w, b, 1e-6),
                 layered,
@@ -160,114 +172,190 @@ def norms(s: Scale) -> Iterator[Case]:
                 _module("transformer_engine.pytorch", "LayerNorm", width, s, eps=1e-6), (x,)
             ),
         )
+        yield with_peers(
+            Case(
+                "add_layer_norm",
+                size,
+                pair(
+                    lambda x, r, w, b: k.add_layer_norm(x, r, w, b, 1e-6), torch_add_layer, (x, residual, weight, bias)
+                ),
+                4 * one,
+                4 * one,
+            ),
+            compiled,
+        )
 
 
 def activations(s: Scale) -> Iterator[Case]:
-    """Of MLPs: gated, and with a bias."""
-    native = Activations(HERE)
-    for width in s.widths:
-        rows = s.rows(2 * width)
+    """Of MLPs: gated, with a bias, and plain."""
+    k = s.kernels
+    gated = (("silu", "swiglu", "liger_swiglu"), ("gelu_tanh", "geglu tanh", "liger_geglu"), ("gelu", "geglu", ""))
+    for rows, width in s.shapes:
+        compiled = s.compiles((rows, width))
         x = s.draw(rows, 2 * width)
         one = x.nbytes // 2
-        for kind, name, peer in (("silu", "swiglu", "liger_swiglu"), ("gelu_tanh", "geglu", "liger_geglu")):
+        for kind, name, peer in (*gated, ("relu", "reglu", "")):
+            case = Case(
+                name,
+                f"{rows}x2x{width}",
+                pair(
+                    lambda x, kind=kind: k.gated(x, kind), lambda x, kind=kind: activation.torch_gated(x, kind), (x,)
+                ),
+                3 * one,
+                5 * one,
+            )
+            liger = {
+                "liger_kernel": lambda peer=peer, x=x: Contender(
+                    lambda a, b: _function("liger_kernel.transformers.functional", peer)(a, b),
+                    tuple(half.detach().contiguous().requires_grad_() for half in x.chunk(2, dim=-1)),
+                )
+            }
+            yield with_peers(case, compiled, **(liger if peer else {}))
+        y, bias = s.draw(rows, width), s.draw(width)
+        for kind in ("gelu", "gelu_tanh", "silu", "relu"):
+            yield with_peers(
+                Case(
+                    f"bias+{kind}",
+                    f"{rows}x{width}",
+                    pair(
+                        lambda x, b, kind=kind: k.bias_activation(x, b, kind),
+                        lambda x, b, kind=kind: activation.torch_bias_activation(x, b, kind),
+                        (y, bias),
+                    ),
+                    2 * y.nbytes,
+                    3 * y.nbytes,
+                ),
+                compiled,
+            )
+            yield with_peers(
+                Case(
+                    kind,
+                    f"{rows}x{width}",
+                    pair(
+                        lambda x, kind=kind: k.bias_activation(x, None, kind),
+                        lambda x, kind=kind: activation.torch_bias_activation(x, None, kind),
+                        (y,),
+                    ),
+                    2 * y.nbytes,
+                    3 * y.nbytes,
+                ),
+                compiled,
+            )
+
+
+def rotary(s: Scale) -> Iterator[Case]:
+    """Both pairings of features; torch has no such operation, so its own is the reference, a composition."""
+    k, head = s.kernels, 128
+    for rows, width in s.shapes:
+        heads = max(1, width // head)
+        length = max(1, min(rows, 1024))
+        x = s.draw(max(1, rows // length), length, heads, head)
+        cos, sin = rope.rope_angles(torch.arange(length, device=s.device), head, 1e4, torch.float32)
+        low_cos, low_sin = cos.to(s.dtype), sin.to(s.dtype)
+        for name, interleaved in (("rope", False), ("rope interleaved", True)):
             yield with_peers(
                 Case(
                     name,
-                    f"{rows}x2x{width}",
-                    {
-                        HERE: Contender(lambda x, kind=kind: native.gated(x, kind), (x,)),
-                        "eager": Contender(lambda x, kind=kind: activation.torch_gated(x, kind), (x,)),
-                    },
-                    3 * one,
-                    5 * one,
+                    "x".join(map(str, x.shape)),
+                    pair(
+                        lambda x, c=cos, s=sin, i=interleaved: k.rope(x, c, s, interleaved=i),
+                        lambda x, c=low_cos, s=low_sin, i=interleaved: rope.rope(x, c, s, interleaved=i),
+                        (x,),
+                    ),
+                    2 * x.nbytes,
+                    2 * x.nbytes,
                 ),
-                liger_kernel=lambda peer=peer, x=x: Contender(
-                    lambda a, b: _function("liger_kernel.transformers.functional", peer)(a, b),
-                    tuple(half.detach().contiguous().requires_grad_() for half in x.chunk(2, dim=-1)),
-                ),
+                s.compiles((rows, width)),
             )
-        y, bias = s.draw(s.rows(width), width), s.draw(width)
-        yield with_peers(
-            Case(
-                "bias_gelu",
-                f"{s.rows(width)}x{width}",
-                {
-                    HERE: Contender(lambda x, b: native.bias_activation(x, b, "gelu_tanh"), (y, bias)),
-                    "eager": Contender(lambda x, b: activation.torch_bias_activation(x, b, "gelu_tanh"), (y, bias)),
-                },
-                2 * y.nbytes,
-                3 * y.nbytes,
-            )
-        )
 
 
-def attention_parts(s: Scale) -> Iterator[Case]:
-    """Rotary embedding and the softmax that attention's own operations do not serve."""
-    length, heads, head = 1024, 16, 128
-    batch = max(1, s.elements // (length * heads * head))
-    x = s.draw(batch, length, heads, head)
-    cos, sin = rope.rope_angles(torch.arange(length, device=s.device), head, 1e4, torch.float32)
-    native = Rope(HERE)
-    yield with_peers(
-        Case(
-            "rope",
-            f"{batch}x{length}x{heads}x{head}",
-            {
-                HERE: Contender(lambda x: native.rope(x, cos, sin), (x,)),
-                "eager": Contender(lambda x: rope.rope(x, cos.to(x.dtype), sin.to(x.dtype)), (x,)),
-            },
-            2 * x.nbytes,
-            2 * x.nbytes,
-        )
-    )
-    softmaxes, keys = Softmaxes(HERE), 1024
-    rows = max(1, s.elements // (keys * keys * 4))
-    scores = s.draw(rows, 4, keys, keys)
-    yield with_peers(
-        Case(
-            "causal softmax",
-            f"{rows}x4x{keys}x{keys}",
-            {
-                HERE: Contender(lambda x: softmaxes.masked_softmax(x, scale=0.1, causal=True), (scores,)),
-                "eager": Contender(lambda x: softmax.masked_softmax(x, scale=0.1, causal=True), (scores,)),
-            },
-            2 * scores.nbytes,
-            3 * scores.nbytes,
-        )
-    )
+def softmaxes(s: Scale) -> Iterator[Case]:
+    """Of attention; torch's is what a user would write, with a mask that is there already."""
+    k = s.kernels
+    for rows, width in s.shapes:
+        keys = min(1024, width)
+        queries = max(1, min(keys, rows))
+        x = s.draw(max(1, rows * width // (4 * keys * queries)), 4, queries, keys)
+        past = torch.ones(queries, keys, dtype=torch.bool, device=s.device).tril()
+        there = torch.ones(x.shape[0], keys, dtype=torch.bool, device=s.device)
+        there[:, keys - keys // 8 :] = False
+        kinds: dict[str, tuple[dict[str, Any], Tensor | None]] = {
+            "softmax": ({}, None),
+            "causal softmax": ({"causal": True}, ~past),
+            "masked softmax": ({"mask_BK": there}, ~there[:, None, None]),
+        }
+        for name, (asked, hidden) in kinds.items():
+
+            def torch_softmax(x: Tensor, hidden: Tensor | None = hidden) -> Tensor:
+                scores = x * 0.1
+                return (scores if hidden is None else scores.masked_fill(hidden, -math.inf)).softmax(dim=-1)
+
+            yield with_peers(
+                Case(
+                    name,
+                    "x".join(map(str, x.shape)),
+                    pair(lambda x, asked=asked: k.masked_softmax(x, scale=0.1, **asked), torch_softmax, (x,)),
+                    2 * x.nbytes,
+                    3 * x.nbytes,
+                ),
+                s.compiles((rows, width)),
+            )
 
 
 def dropouts(s: Scale) -> Iterator[Case]:
     """By address, where torch's draws from a stream."""
-    native = Dropouts(HERE)
-    for width in s.widths:
-        rows = s.rows(width)
+    k = s.kernels
+    for rows, width in s.shapes:
         x, residual, bias = s.draw(rows, width), s.draw(rows, width), s.draw(width)
-        address = DropoutAddress(1, 1, row_spans([0], rows, 0, rows))
+        address, compiled = DropoutAddress(1, 1, row_spans([0], rows, 0, rows)), s.compiles((rows, width))
+        size = f"{rows}x{width}"
+        yield with_peers(
+            Case(
+                "dropout",
+                size,
+                pair(lambda x, at=address: k.dropout(x, 0.1, at, "site"), lambda x: F.dropout(x, 0.1), (x,)),
+                2 * x.nbytes,
+                2 * x.nbytes,
+            ),
+            compiled,
+        )
+        yield with_peers(
+            Case(
+                "dropout+add",
+                size,
+                pair(
+                    lambda x, r, at=address: k.dropout_add(x, r, 0.1, at, "site"),
+                    lambda x, r: F.dropout(x, 0.1) + r,
+                    (x, residual),
+                ),
+                3 * x.nbytes,
+                2 * x.nbytes,
+            ),
+            compiled,
+        )
         yield with_peers(
             Case(
                 "bias+dropout+add",
-                f"{rows}x{width}",
-                {
-                    HERE: Contender(
-                        lambda x, r, b, address=address: native.dropout_add(x, r, 0.1, address, "site", b),
-                        (x, residual, bias),
-                    ),
-                    "eager": Contender(lambda x, r, b: F.dropout(x + b, 0.1) + r, (x, residual, bias)),
-                },
+                size,
+                pair(
+                    lambda x, r, b, at=address: k.dropout_add(x, r, 0.1, at, "site", b),
+                    lambda x, r, b: F.dropout(x + b, 0.1) + r,
+                    (x, residual, bias),
+                ),
                 3 * x.nbytes,
                 2 * x.nbytes,
-            )
+            ),
+            compiled,
         )
 
 
 def losses(s: Scale) -> Iterator[Case]:
     """Over the vocabulary, of logits that are there and of those that never are as a whole."""
-    kernels = CrossEntropies(HERE).kernels()
+    kernels = s.kernels.cross_entropy
     liger = "liger_kernel.transformers.functional"
-    for vocabulary in s.vocabularies:
-        tokens = s.rows(vocabulary)
+    for number, (tokens, vocabulary) in enumerate(s.logits):
         logits = s.draw(tokens, vocabulary)
+        kept = logits.detach().clone()
         labels = torch.randint(vocabulary, (tokens,), device=s.device)
 
         def own(x: Tensor, labels: Tensor = labels) -> Tensor:
@@ -278,37 +366,34 @@ def losses(s: Scale) -> Iterator[Case]:
             Case(
                 "cross_entropy",
                 f"{tokens}x{vocabulary}",
-                {
-                    HERE: Contender(own, (logits,)),
-                    "eager": Contender(lambda x, labels=labels: F.cross_entropy(x, labels), (logits,)),
-                },
+                pair(own, lambda x, labels=labels: F.cross_entropy(x, labels), (logits,)),
                 logits.nbytes,
                 2 * logits.nbytes,
+                before=lambda logits=logits, kept=kept: logits.detach().copy_(kept),
             ),
+            number == 0 or s.compiled is None,
             liger_kernel=lambda logits=logits, labels=labels: Contender(
                 lambda x: _function(liger, "liger_cross_entropy")(x, labels), (logits,)
             ),
         )
-    hidden = 768
-    for vocabulary in s.vocabularies:
-        tokens = 8192 if s.device.type == "cuda" else 2048
+    if s.device.type == "cpu":
+        return  # benchmarks/linear_cross_entropy.py, which measures the memory too
+    hidden, tokens = 768, 8192
+    for _, vocabulary in s.logits:
         h, weight = s.draw(tokens, hidden), s.draw(vocabulary, hidden, scale=1 / math.sqrt(hidden))
         labels = torch.randint(vocabulary, (tokens,), device=s.device)
         yield with_peers(
             Case(
                 "linear+cross_entropy",
                 f"{tokens}x{hidden}x{vocabulary}",
-                {
-                    HERE: Contender(
-                        lambda h, w, labels=labels, v=vocabulary: (
-                            linear_cross_entropy(h, w, labels, vocab_size=v, kernels=kernels).mean()
-                        ),
-                        (h, weight),
+                pair(
+                    lambda h, w, labels=labels, v=vocabulary: (
+                        linear_cross_entropy(h, w, labels, vocab_size=v, kernels=kernels).mean()
                     ),
-                    "eager": Contender(
-                        lambda h, w, labels=labels: F.cross_entropy(F.linear(h, w), labels), (h, weight)
-                    ),
-                },
+                    lambda h, w, labels=labels: F.cross_entropy(F.linear(h, w), labels),
+                    (h, weight),
+                ),
+                apart=False,
             ),
             liger_kernel=lambda h=h, weight=weight, labels=labels: Contender(
                 lambda h, w: _function(liger, "liger_fused_linear_cross_entropy")(h, w, labels), (h, weight)
@@ -317,61 +402,52 @@ def losses(s: Scale) -> Iterator[Case]:
 
 
 def multi_tensor(s: Scale) -> Iterator[Case]:
-    """Of lists of tensors, in float32."""
+    """Of lists of tensors: gradients of the scale's dtype, optimizers in float32."""
     native, count = MultiTensor(HERE), 16
-    size = max(1, s.elements // count)
-
-    def flat(scale: float = 1.0) -> list[Tensor]:
-        return [torch.randn(size, device=s.device) * scale for _ in range(count)]
-
-    weights, gradients, first, second = flat(), flat(), flat(0.1), [v.abs() for v in flat(0.1)]
-    copies = [torch.empty(size, dtype=torch.bfloat16, device=s.device) for _ in range(count)]
-    step = torch.ones((), dtype=torch.int64, device=s.device)
-    steps = [torch.ones((), device=s.device) for _ in range(count)]
-    total = count * size
-    yield Case(
-        "sums of squares",
-        f"{count}x{size}",
-        {
-            HERE: Contender(lambda: native.sums_of_squares(gradients), ()),
-            "eager": Contender(lambda: torch._foreach_norm(gradients), ()),
-        },
-        4 * total,
-    )
-    yield Case(
-        "adamw with bfloat16 copies",
-        f"{count}x{size}",
-        {
-            HERE: Contender(
-                lambda: native.adamw_(
-                    *(weights, gradients, first, second, copies),
-                    step=step,
-                    lr=1e-4,
-                    betas=(0.9, 0.95),
-                    eps=1e-8,
-                    weight_decay=0.1,
-                ),
+    for rows, width in s.shapes:
+        size = max(1, rows * width // count)
+        total, unscale = count * size, torch._amp_foreach_non_finite_check_and_unscale_
+        gradients = [torch.randn(size, device=s.device).to(s.dtype) for _ in range(count)]
+        one = gradients[0].element_size()
+        factor, found = torch.tensor(0.999999, device=s.device), torch.zeros((), device=s.device)
+        yield Case(
+            "sums of squares",
+            f"{count}x{size}",
+            pair(lambda g=gradients: native.sums_of_squares(g), lambda g=gradients: torch._foreach_norm(g), ()),
+            one * total,
+        )
+        yield Case(
+            "unscale and check",
+            f"{count}x{size}",
+            pair(
+                lambda g=gradients, f=factor, found=found: native.scale_(g, f, found),
+                lambda g=gradients, f=factor, found=found, unscale=unscale: unscale(g, found, f),
                 (),
             ),
-            "eager": Contender(
-                lambda: (
-                    torch._fused_adamw_(
-                        *(weights, gradients, first, second, [], steps),
-                        lr=1e-4,
-                        beta1=0.9,
-                        beta2=0.95,
-                        weight_decay=0.1,
-                        eps=1e-8,
-                        amsgrad=False,
-                        maximize=False,
-                    ),
-                    torch._foreach_copy_(copies, weights),
-                ),
-                (),
-            ),
-        },
-        (7 * 4 + 2) * total,
-    )
+            2 * one * total,
+        )
+        yield _adamw(native, [torch.randn(size, device=s.device) for _ in range(count)])
+
+
+def _adamw(native: MultiTensor, weights: list[Tensor]) -> Case:
+    gradients, first = [torch.randn_like(w) for w in weights], [torch.randn_like(w) * 0.1 for w in weights]
+    second, copies = [m.abs() for m in first], [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    step = torch.ones((), dtype=torch.int64, device=weights[0].device)
+    steps = [torch.ones((), device=weights[0].device) for _ in weights]
+
+    def own() -> None:
+        lists = (weights, gradients, first, second, copies)
+        native.adamw_(*lists, step=step, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+    def eager() -> None:
+        lists = (weights, gradients, first, second, [], steps)
+        numbers = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+        torch._fused_adamw_(*lists, **numbers, amsgrad=False, maximize=False)
+        torch._foreach_copy_(copies, weights)
+
+    size = f"{len(weights)}x{weights[0].numel()}"
+    total = sum(w.numel() for w in weights)
+    return Case("adamw with bfloat16 copies", size, pair(own, eager, ()), (7 * 4 + 2) * total)
 
 
 def _function(module: str, name: str) -> Run:
@@ -387,7 +463,8 @@ def _module(module: str, name: str, width: int, s: Scale, **arguments: Any) -> R
 GROUPS: tuple[Callable[[Scale], Iterator[Case]], ...] = (
     norms,
     activations,
-    attention_parts,
+    rotary,
+    softmaxes,
     dropouts,
     losses,
     multi_tensor,
