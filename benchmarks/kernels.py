@@ -14,17 +14,13 @@ each dtype.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from kernel_cases import EAGER, GROUPS, HERE, Case, Contender, Scale
+from record import RESULTS, write_record
 
 from megalm.ops.choose import Decision, choose_kernels
 from megalm.ops.kernels import Kernels
@@ -53,6 +50,8 @@ SHAPES = {
 }
 LOGITS = {"cuda": tuple((ELEMENTS // size, size) for size in GPU_VOCABULARIES), "cpu": ((256, 32000),)}
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("float32", "bfloat16", "float16")}
+CLOCKS = {"cuda": "the device's", "cpu": "the thread's, of the processor"}
+PACKAGES = ("liger-kernel", "apex", "transformer-engine")
 WAYS = ("forward", "backward", "both")
 Row = dict[str, Any]
 Seconds = tuple[float, ...]
@@ -62,9 +61,9 @@ Seconds = tuple[float, ...]
 def main() -> int:
     """Measure, print, write."""
     options = arguments()
-    found = library()
-    if isinstance(found, Absent) or (options.device == "cuda" and not found.cuda):
-        print(f"kernels: {found.reason if isinstance(found, Absent) else found.without_cuda}", file=sys.stderr)
+    built = library()
+    if isinstance(built, Absent) or (options.device == "cuda" and not built.cuda):
+        print(f"kernels: {built.reason if isinstance(built, Absent) else built.without_cuda}", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")  # torch.compile's
     torch.manual_seed(1)
@@ -86,10 +85,8 @@ def main() -> int:
     for row in slower(rows):
         print(f"slower than torch: {line(row)}")
     if options.write:
-        path = options.out / f"kernels-{options.device}-{datetime.now(UTC).date().isoformat()}.json"
-        record = {**environment(options.device), "rounds": options.rounds, "chosen": chosen, "rows": rows}
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nwritten to {path}")
+        found = {"clock": CLOCKS[options.device], "rounds": options.rounds, "chosen": chosen, "rows": rows}
+        write_record(f"kernels-{options.device}", found, device=options.device, peers=PACKAGES, folder=options.out)
     return 0
 
 
@@ -107,7 +104,7 @@ def arguments() -> argparse.Namespace:
         help="shapes at which torch.compile is a peer; on a CPU the first, since each takes it half a minute, else all",
     )
     parser.add_argument("--native", action="store_true", help="megalm's kernels, also where auto takes torch's")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="write kernels-DEVICE-DATE.json")
     return parser.parse_args()
 
@@ -333,21 +330,6 @@ def native_kernels() -> Kernels:
         statistics=losses.statistics,
         gradient_=losses.gradient_,
     )
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the results are of."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    cuda = device == "cuda"
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "clock": "device" if cuda else "thread's processor time",
-        "device": torch.cuda.get_device_name() if cuda else f"{torch.backends.cpu.get_cpu_capability()}, one thread",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":
