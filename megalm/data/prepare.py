@@ -76,10 +76,11 @@ def prepare(
     cleaning = cleaning or Cleaning()
     check_cleaning(cleaning)
     out = Path(out)
-    for path in inputs:
-        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
-            raise DataError(f"{path}: lies inside the output folder {out}; choose another output folder")
     found = find_inputs(inputs, skip=skip)
+    target = os.path.realpath(out)
+    for file in found.files:  # also those of a folder that the output folder lies in
+        if Path(os.path.realpath(file.path)).is_relative_to(target):
+            raise DataError(f"{file.path}: lies inside the output folder {out}; choose another output folder")
     work = Work(documents, text_key, skip, max_document, sentences, cleaning)
     options: dict[str, str | float] = {"validation": validation, "documents": documents, "text_key": text_key}
     options |= cleaning.options() | ({} if sentences else {"sentences": "no"}) | ({"on_error": "skip"} if skip else {})

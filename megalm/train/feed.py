@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,11 +156,11 @@ class TrainFeed:
         if self._stream is not None:
             self._stream.close()
 
-    def state(self, step: int) -> dict[str, int]:
+    def state(self, step: int) -> dict[str, Any]:
         """What :meth:`begin` needs for a run that goes on with a step; nothing, unless a stream is read."""
         return {} if self._stream is None else self._stream.state(step * self._global_batch)
 
-    def begin(self, state: dict[str, int]) -> None:
+    def begin(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave, before the first step."""
         if self._stream is not None:
             self._stream.begin(state)

@@ -33,6 +33,9 @@ from megalm.train.objective import TrainingObjective, build_objective
 CHECKED_BYTES = 1 << 30
 """Parts of a token store up to this size (about a second's reading) are checked whole before every launch."""
 
+_ENDS = 4096
+"""Ids at either end that are compared of a corpus that has no hashes."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -71,6 +74,7 @@ class Prepared:
             ],
             "weights": [entry.weight for entry in data.blend],
             "source": None if self.source is None else [data.source, self.source.identity, data.block, data.sentences],
+            "ids": None if self.source is None or isinstance(self.train, Blend | Stream) else _print_of(self.train),
             "packing_window": data.packing_window if data.packing else None,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -203,6 +207,13 @@ def _corpora(corpus: Corpus | Blend | Stream) -> tuple[Corpus, ...]:
     if isinstance(corpus, Stream):
         return ()
     return corpus.corpora if isinstance(corpus, Blend) else (corpus,)
+
+
+def _print_of(corpus: Corpus) -> list[Any]:
+    """What tells an addressed corpus from another without reading all of it: sizes, and its first and last ids."""
+    size = corpus.num_tokens
+    ends = (corpus.stream(0, min(size, _ENDS)), corpus.stream(max(0, size - _ENDS), size))
+    return [size, corpus.num_documents, *(hashlib.sha256(ids.tobytes()).hexdigest() for ids in ends)]
 
 
 def _name(corpus: Corpus, data: DataConfig) -> str:

@@ -56,21 +56,26 @@ class StreamedSamples:
         self._stop = 0
         """Places below this are held, or were."""
         self._next = Place()
+        self._expected = ""
+        """Digest of the block that is to come first, where it is known."""
+        self._digest = ""
+        """Of the block that came last."""
         self._fruitful = 0
         """The last epoch that gave samples, or the one that was begun with."""
         self._ended = False
 
-    def begin(self, state: dict[str, int]) -> None:
+    def begin(self, state: dict[str, Any]) -> None:
         """Go on where the block begins that ``state`` names (of :meth:`state`)."""
+        self._expected = state.get("digest", "")
         self._next, self._stop = Place(state["epoch"], state["documents"]), state["place"]
         self._fruitful = state["epoch"]
 
-    def state(self, place: int) -> dict[str, int]:
+    def state(self, place: int) -> dict[str, Any]:
         """What :meth:`begin` needs for a run that goes on at ``place``, which was reached, or is the next after it."""
         for block in self._held:
             if place < block.stop:
-                return {**asdict(block.begin), "place": block.start}
-        return {**asdict(self._next), "place": self._stop}
+                return {**asdict(block.begin), "place": block.start, "digest": block.digest}
+        return {**asdict(self._next), "place": self._stop, "digest": ""}
 
     def reach(self, first: int, last: int, more: int = 0) -> None:
         """Hold the places from ``first`` up to ``last`` (not included), and ``more`` as far as the stream has them.
@@ -82,6 +87,13 @@ class StreamedSamples:
         while self._stop < last + more and not self._ended:
             with phase("read stream"):
                 block = self._receive()
+            if self._expected and self._digest != self._expected:
+                raise DataError(
+                    f"data.source: {self._stream.source.identity} has other documents after number "
+                    f"{self._next.documents} of epoch {self._next.epoch + 1} than when the checkpoint was written; "
+                    "restore them, or start anew in another run.dir"
+                )
+            self._expected = ""
             if block is None:
                 self._ended = True
                 break
@@ -94,7 +106,7 @@ class StreamedSamples:
             samples = self._samples_of(block)
             if samples > 0:
                 self._fruitful = block.begin.epoch
-                self._held.append(_Shuffled(block, self._stop, samples, self._seed))
+                self._held.append(_Shuffled(block, self._stop, samples, self._seed, self._digest))
                 self._stop += samples
 
         if self._stop < last:
@@ -150,6 +162,7 @@ class StreamedSamples:
                 f"data.source: {self._stream.source.identity} gave other documents to another data-parallel replica, "
                 f"after document {self._next.documents}; a stream must give the same ones in the same order each time"
             )
+        self._digest = told.get("digest", "none")
         if not told:
             return None
         sent = torch.from_numpy(values) if len(values) else torch.empty(told["length"], dtype=torch.int32)
@@ -179,8 +192,9 @@ def _following(blocks: Iterator[Block], source: StreamSource) -> Block | DataErr
 class _Shuffled:
     """A block and its samples' places in the run."""
 
-    def __init__(self, block: Block, start: int, samples: int, seed: int) -> None:
+    def __init__(self, block: Block, start: int, samples: int, seed: int, digest: str) -> None:
         self.block = block
+        self.digest = digest
         self.begin = block.begin
         self.start = start
         self.stop = start + samples

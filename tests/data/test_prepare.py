@@ -235,19 +235,24 @@ def test_existing_output(tmp_path, text_file):
     assert _both(out) == ["a", "b"]
     mine = tmp_path / "mine"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("x")
+    (mine / "thesis.txt").write_text("x\n\ny")
     assert not is_store(mine)
     with pytest.raises(DataError, match="something else than a token store"):
         _run([first], mine, overwrite=True)
     with pytest.raises(DataError, match="lies inside the output folder"):
         _run([mine / "thesis.txt"], mine, overwrite=True)
+    inner = mine / "store"
+    _run([mine], inner)
+    for more in ({}, {"skip": True}):
+        with pytest.raises(DataError, match=r"store/\S+: lies inside the output folder"):
+            _run([mine], inner, overwrite=True, **more)
     with pytest.raises(DataError, match="not a folder"):
         _run([first], second, overwrite=True)
     for name, target in (("link", out), ("loop", tmp_path / "loop")):
         (tmp_path / name).symlink_to(target)
         with pytest.raises(DataError, match=f"{name}: exists and is a symbolic link"):
             _run([first], tmp_path / name, overwrite=True)
-    assert (mine / "thesis.txt").read_text() == "x"
+    assert (mine / "thesis.txt").read_text() == "x\n\ny"
     assert _leftovers(tmp_path) == []
 
 

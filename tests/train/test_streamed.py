@@ -188,6 +188,23 @@ def test_a_run_from_a_checkpoint_with_another_batch_goes_on_behind_it(
     assert again == pytest.approx(whole[3:], rel=1e-9)
 
 
+def test_a_stream_that_changed_is_not_gone_on_with(
+    tmp_path: Path, store: Path, manager: PluginManager, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, store, manager, "checkpoint.every=1", "checkpoint.keep=9")
+    run = tmp_path / "run"
+    for step in (5, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    (run / "summary.json").unlink()
+    texts = source.texts
+    monkeypatch.setattr(source, "texts", lambda: (text + "!" for text in texts()))
+    with pytest.raises(DataError, match=r"has other documents after number \d+ of epoch 1 than when the checkpoint"):
+        train(tmp_path, store, manager, "checkpoint.every=1", "checkpoint.keep=9", dp=2)
+    monkeypatch.setattr(source, "texts", lambda: iter([]))
+    with pytest.raises(DataError, match=r"has no documents|has other documents"):
+        train(tmp_path, store, manager, "checkpoint.every=1", "checkpoint.keep=9")
+
+
 def test_a_function_that_is_not_there_is_named(tmp_path: Path, store: Path, manager: PluginManager) -> None:
     with pytest.raises((ConfigError, DataError), match="No module named 'nothing_here'"):
         train(tmp_path, store, manager, "data_source.iterable.function=nothing_here:texts")
