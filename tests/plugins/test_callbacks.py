@@ -7,6 +7,7 @@ import importlib.util
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,9 @@ def test_wandb_offline(tmp_path: Path) -> None:
     assert history == {"train/loss": [1.0, 0.5], "train/terms.mlm": [1.0, 2.0], "eval/loss": [0.125]}
     assert (run.project, run.display_name, list(run.tags), status) == ("proofs", "myrun", ["a"], 0)
     assert {entry.key: entry.value_json for entry in run.config.update}["train"] == '{"lr":0.5}'
+    late = time.monotonic() + 60  # a run may be written to its end after it was ended
+    while read(second)[2] == -1 and time.monotonic() < late:
+        time.sleep(0.2)
     history, _, status = read(second)
     assert history["train/terms.mlm"] == [3.0]
     assert status == 1
