@@ -13,7 +13,7 @@ from megalm.ops.native import norm
 from tests.kernels.backends import Backend
 from tests.kernels.test_norm import _compare
 
-SHAPES = [(3, 8), (7, 1000), (2, 4096), (9, 33), (3, 2056)]
+SHAPES = [(3, 8), (64, 8), (7, 1000), (2, 4096), (9, 33), (3, 2056)]
 
 
 def main() -> int:
