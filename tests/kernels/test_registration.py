@@ -85,7 +85,7 @@ def test_a_second_derivative_is_refused(backend: Backend, name: str) -> None:
 
 
 def test_rope_is_differentiated_twice(backend: Backend) -> None:
-    x, angles = backend.draw(1, 4, 2, 8, dtype=torch.float32, seed=1), torch.randn(4, 4, device=backend.device)
+    x, angles = (backend.draw(*shape, dtype=torch.float32, seed=1) for shape in ((1, 4, 2, 8), (4, 4)))
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (a, b), c, s = x.chunk(2, dim=-1), cos[:, None], sin[:, None]
@@ -95,7 +95,10 @@ def test_rope_is_differentiated_twice(backend: Backend) -> None:
         (gradient,) = torch.autograd.grad(turn(x, angles, angles + 1).pow(3).sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
-    torch.testing.assert_close(second(Rope(backend.namespace).rope), second(turned))
+    expected = second(turned)
+    # Products of many float32 numbers, added up in another order.
+    atol = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(second(Rope(backend.namespace).rope), expected, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))], ids=["copy", "pickle"])
