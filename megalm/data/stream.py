@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalm.data.sentences import split_sentences
+from megalm.data.writer import check_ids
 from megalm.errors import DataError
 from megalm.plugin.contract.source import StreamSource
 from megalm.plugin.contract.tokenizer import Tokenizer
@@ -131,7 +132,8 @@ def unpacked(values: np.ndarray, sizes: dict[str, int], eos: int | None) -> Bloc
 
 
 def read_blocks(stream: Stream, tokenizer: Tokenizer, place: Place) -> Iterator[Block]:
-    """Blocks from ``place`` on, through the epochs. DataError where the stream gives nothing, or what is no text."""
+    """Blocks from ``place`` on, through the epochs. DataError where the stream gives nothing, or what is no text;
+    TokenizerError where an id is outside the vocabulary."""
     while not stream.epochs or place.epoch < stream.epochs:
         found = place.documents > 0
         for block in _epoch(stream, tokenizer, place):
@@ -166,8 +168,7 @@ def _encoded(stream: Stream, tokenizer: Tokenizer, skip: int) -> Iterator[tuple[
     for texts in _batches(stream.source, skip, min(_CHARACTERS, 4 * stream.block_tokens)):
         documents = [split_sentences(text) if stream.sentences else [text] for text in texts]
         ids, lengths = tokenizer.encode_documents(documents)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
-            raise DataError(f"data.source: the tokenizer gave ids outside of its vocabulary of {tokenizer.vocab_size}")
+        check_ids(ids, tokenizer.vocab_size)
         starts, first = _offsets(lengths), 0
         for document in documents:
             last = first + len(document)
