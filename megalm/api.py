@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megalm.config.settings import Settings
     from megalm.data.masking import TokenMasking
     from megalm.data.pack import Piece, packed_row, packed_rows
+    from megalm.data.windows import stream_windows
     from megalm.errors import (
         CheckpointError,
         ConfigError,
@@ -65,6 +66,7 @@ _HOMES = {
     "megalm.config.settings": ("Settings",),
     "megalm.data.masking": ("TokenMasking",),
     "megalm.data.pack": ("Piece", "packed_row", "packed_rows"),
+    "megalm.data.windows": ("stream_windows",),
     "megalm.errors": (
         "CheckpointError",
         "ConfigError",
@@ -173,6 +175,7 @@ __all__ = [
     "order_to_csv",
     "packed_row",
     "packed_rows",
+    "stream_windows",
     "v_placement",
 ]
 

@@ -45,7 +45,7 @@ SURFACE = {
         ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin Piece PipelineOrder PipelineSchedule
         PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings SpecialTokens StreamSource
         TensorSpec Term TokenMasking Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement
-        order_from_csv order_to_csv packed_row packed_rows v_placement
+        order_from_csv order_to_csv packed_row packed_rows stream_windows v_placement
     """,
 }
 

@@ -6,9 +6,12 @@
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "helpers/masking.h"
+#include "helpers/packing.h"
 #include "helpers/permutation.h"
+#include "helpers/windows.h"
 
 namespace py = pybind11;
 
@@ -43,6 +46,41 @@ std::tuple<Ids, Ids> masked_tokens(const py::capsule& generator, const Ids& toke
   return {std::move(corrupted), std::move(labels)};
 }
 
+template <class T>
+int64_t widened(const py::array& ids, const Ids& starts, uint64_t limit, py::array_t<int64_t>& out) {
+  const py::gil_scoped_release others;
+  return megalm::helpers::widen_windows(static_cast<const T*>(ids.data()), starts.data(), out.shape(0), out.shape(1),
+                                        limit, out.mutable_data());
+}
+
+std::tuple<py::array_t<int64_t>, int64_t> windows(const py::array& ids, const Ids& starts, int64_t length,
+                                                  uint64_t limit) {
+  if (ids.ndim() != 1 || starts.ndim() != 1 || length < 0 || length > ids.size() ||
+      (ids.flags() & py::array::c_style) == 0)
+    throw std::invalid_argument("ids and starts must be rows of numbers, and the length at most that of the ids");
+  for (py::ssize_t i = 0; i < starts.size(); ++i)
+    if (starts.data()[i] < 0 || starts.data()[i] > ids.size() - length) throw std::out_of_range("a window outside");
+  py::array_t<int64_t> out({starts.size(), static_cast<py::ssize_t>(length)});
+  const char kind = ids.dtype().kind();
+  const auto size = ids.itemsize();
+  if (kind == 'u' && size == 1) return {out, widened<uint8_t>(ids, starts, limit, out)};
+  if (kind == 'i' && size == 1) return {out, widened<int8_t>(ids, starts, limit, out)};
+  if (kind == 'u' && size == 2) return {out, widened<uint16_t>(ids, starts, limit, out)};
+  if (kind == 'i' && size == 2) return {out, widened<int16_t>(ids, starts, limit, out)};
+  if (kind == 'u' && size == 4) return {out, widened<uint32_t>(ids, starts, limit, out)};
+  if (kind == 'i' && size == 4) return {out, widened<int32_t>(ids, starts, limit, out)};
+  if (kind == 'i' && size == 8) return {out, widened<int64_t>(ids, starts, limit, out)};
+  throw std::invalid_argument("ids of a type that is not known");
+}
+
+std::vector<std::tuple<int64_t, int64_t, bool>> packed_row(const Ids& edges, int64_t stop, int64_t row, int64_t rows,
+                                                           int64_t length) {
+  std::vector<std::tuple<int64_t, int64_t, bool>> found;
+  for (const auto& piece : megalm::helpers::packed_row(edges.data(), edges.size(), stop, row, rows, length))
+    found.emplace_back(piece.start, piece.stop, piece.ends);
+  return found;
+}
+
 }  // namespace
 
 // The one name that the module has in every file: megalm/native/helpers.py loads it from where it was built.
@@ -53,4 +91,10 @@ PYBIND11_MODULE(_megalm_helpers, m) {
         py::arg("documents").none(true), py::arg("starts").none(true), py::arg("ordinary"), py::arg("mask"),
         py::arg("ignore"), py::arg("below"),
         "Corrupted tokens and labels. ValueError or IndexError where the arguments do not fit together.");
+  m.def("windows", &windows, py::arg("ids"), py::arg("starts"), py::arg("length"), py::arg("limit"),
+        "Windows as int64, and the number of the first with an id outside [0, limit), or -1. IndexError outside of the "
+        "ids, ValueError for ids of a type that is not known.");
+  m.def("packed_row", &packed_row, py::arg("edges"), py::arg("stop"), py::arg("row"), py::arg("rows"),
+        py::arg("length"),
+        "(start, stop, whether the document ends) of each piece of a row. ValueError where edges do not fit.");
 }

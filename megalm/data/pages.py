@@ -97,6 +97,18 @@ class CheckedPages:
             self._forget()
         self.check_again(start, stop)
 
+    def check_windows(self, starts: np.ndarray, size: int) -> None:
+        """:meth:`check` for ``size`` bytes from each of ``starts``, int64 (windows,)."""
+        if self._stamps != [file.stamp() for file in self._files]:
+            self._forget()
+        first, last = starts // PAGE_BYTES, -((starts + size) // -PAGE_BYTES)
+        pages = first[:, None] + np.arange(int((last - first).max(initial=0)))
+        pages = pages[pages < last[:, None]]
+        known = self._known
+        for page in pages[np.frombuffer(known, dtype=np.int64)[pages % REMEMBERED] != pages].tolist():
+            self._check_page(0, page)
+            known[page % REMEMBERED] = page
+
     def check_again(self, start: int, stop: int) -> None:
         """:meth:`check` without asking the files whether they changed: for steps of one look-up."""
         known = self._known

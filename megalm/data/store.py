@@ -25,6 +25,7 @@ from megalm.data.mapped import MappedFile, unreadable
 from megalm.data.pages import CheckedPages, checksum_bytes
 from megalm.data.writer import record_file
 from megalm.errors import DataError, TokenizerError
+from megalm.native.helpers import helpers
 from megalm.plugin.contract.tokenizer import Tokenizer
 
 PARTS = ("train", "validation")
@@ -107,13 +108,36 @@ class TokenStore:
         tokens: np.ndarray = self._values[start:stop].astype(np.int64)
         # Seen as unsigned, a negative id is a large one.
         if tokens.size and int(tokens.view(np.uint64).max()) >= self._vocab_size:
-            at = int(np.argmax(tokens.view(np.uint64) >= self._vocab_size))
-            offset = self._data.file_offset(self._itemsize * (start + at))
-            raise DataError(
-                f"{self._data.path}: offset {offset} holds token {tokens[at]}, outside the vocabulary of "
-                f"{self._vocab_size}; the file was altered, {self._remedy}"
-            )
+            raise self._outside(tokens, start)
         return tokens
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Tokens [start, start + length) for each of ``starts``: int64 (starts, length). What :meth:`stream` gives of
+        each, in a fraction of the time, and the same errors."""
+        starts = np.asarray(starts, dtype=np.int64)
+        if starts.size and not (length >= 0 <= int(starts.min()) <= int(starts.max()) <= len(self._values) - length):
+            raise IndexError(
+                f"windows of {length} tokens from {starts.min()} to {starts.max()} of a stream of {self.num_tokens}"
+            )
+        native = helpers()
+        if isinstance(native, str) or self._values.dtype.kind not in "iu" or not starts.size:
+            return np.array([self.stream(at, at + length) for at in starts.tolist()], dtype=np.int64).reshape(
+                len(starts), length
+            )
+        self._data.check_windows(self._itemsize * starts, self._itemsize * length)
+        found: tuple[np.ndarray, int] = native.windows(self._values, starts, length, self._vocab_size)
+        tokens, wrong = found
+        if wrong >= 0:
+            raise self._outside(tokens[wrong], int(starts[wrong]))
+        return tokens
+
+    def _outside(self, tokens: np.ndarray, start: int) -> DataError:
+        at = int(np.argmax(tokens.view(np.uint64) >= self._vocab_size))
+        offset = self._data.file_offset(self._itemsize * (start + at))
+        return DataError(
+            f"{self._data.path}: offset {offset} holds token {tokens[at]}, outside the vocabulary of "
+            f"{self._vocab_size}; the file was altered, {self._remedy}"
+        )
 
     def document(self, index: int) -> tuple[int, int]:
         """Token range of a document, its end-of-document token included."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,11 @@ from megalm.data.blend import Blend, BlendOrder
 from megalm.data.loader import Loader
 from megalm.data.sampler import SampleOrder
 from megalm.plugin.contract.objective import Batch, Corpus
-from megalm.train.objective import TrainingObjective
+from megalm.train.objective import Sample, TrainingObjective
 from megalm.train.streamed import StreamedSamples
 
 _AT_ONCE = 4096
 """Places whose samples are found together, in a fraction of the time that each takes alone."""
-Address = tuple[int | str, ...]
-Sample = tuple[Corpus, int, Address]
-"""A corpus, the number of a sample in it, and the address of its draws but for that number."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,13 @@ class _Samples:
 
     def at(self, places: np.ndarray) -> Iterator[Sample]:
         """Those at ``places``, int64 from 0, in their order."""
-        for place in places.tolist():
-            block, at = divmod(place, _AT_ONCE)
-            *corpus, epoch, sample = (int(each[at]) for each in self._block(block))
-            if corpus:
-                yield self._corpora[corpus[0]], sample, (self._seed, f"{self._split} {corpus[0]}", epoch)
-            else:
-                yield self._corpora[0], sample, (self._seed, self._split, epoch)
+        for block, group in groupby(places.tolist(), lambda place: place // _AT_ONCE):
+            inside = np.array(list(group)) - block * _AT_ONCE
+            for *corpus, epoch, sample in zip(*(each[inside].tolist() for each in self._block(block)), strict=True):
+                if corpus:
+                    yield self._corpora[corpus[0]], sample, (self._seed, f"{self._split} {corpus[0]}", epoch)
+                else:
+                    yield self._corpora[0], sample, (self._seed, self._split, epoch)
 
     def _block(self, block: int) -> tuple[np.ndarray, ...]:
         """(corpora of a blend, epochs, samples) of a block of places; the last few are kept."""
@@ -105,7 +103,7 @@ class _Samples:
 
 
 def _collate(objective: TrainingObjective, samples: _Samples | StreamedSamples, places: np.ndarray) -> Batch:
-    return objective.collate([objective.build(sample, corpus, at) for corpus, sample, at in samples.at(places)])
+    return objective.batch(list(samples.at(places)))
 
 
 class TrainFeed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from megalm.plugin.manager import PluginManager
 if TYPE_CHECKING:
     import torch
 
+Sample = tuple[Corpus, int, tuple[int | str, ...]]
+"""A corpus, the number of a sample in it, and the address of its draws but for that number."""
 _COUPLINGS: tuple[Coupling, ...] = ("token", "example", "cell")
 
 
@@ -71,6 +73,8 @@ class TrainingObjective:
         self.name = "+".join(ordered)
         self.parts: dict[str, Objective] = {first: ordered.pop(first), **ordered}
         self._builder = self.parts[first]
+        self.builds_batches = len(self.parts) == 1 and _builds_batches(type(self._builder))
+        """Rows of a batch may be built in one go."""
         self.needs = self._join_needs()
         self.weights = self._join_weights()
 
@@ -96,11 +100,38 @@ class TrainingObjective:
             example = part.extend_example(example, rng.reused_generator("example", name, *address, sample))
         return example
 
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """:meth:`collate` of :meth:`build` of each, by the part's own way for many rows where it has one."""
+        return self._at_once(samples) or self.collate([self.build(at, corpus, where) for corpus, at, where in samples])
+
+    def _at_once(self, samples: Sequence[Sample]) -> Batch | None:
+        if not self.builds_batches:
+            return None
+        places: dict[int, list[int]] = {}
+        for place, (corpus, _, _) in enumerate(samples):
+            places.setdefault(id(corpus), []).append(place)
+        joined: dict[str, np.ndarray] = {}
+        for here in places.values():
+            numbers = np.array([samples[place][1] for place in here], dtype=np.int64)
+            batch = self._builder.build_batch(numbers, samples[here[0]][0])
+            if batch is None:
+                return None
+            if len(places) == 1:
+                return self._checked(batch)
+            for name, array in batch.items():
+                rows = (-1, len(array) // len(here), *array.shape[1:])  # an example may give several
+                into = joined.setdefault(name, np.empty((len(samples) * rows[1], *rows[2:]), array.dtype))
+                into.reshape(rows)[here] = array.reshape(rows)
+        return self._checked(joined)
+
     def collate(self, examples: list[Example]) -> Batch:
         """Stack rows into the declared tensors; ObjectiveError where they are not as declared."""
         batch: dict[str, np.ndarray] = {}
         for part in self.parts.values():
             batch.update(part.collate(examples))
+        return self._checked(batch)
+
+    def _checked(self, batch: Batch) -> Batch:
         if set(batch) != set(self.needs.tensors):
             raise ObjectiveError(
                 f"objective {self.name}: collate gives {', '.join(sorted(batch))}, "
@@ -201,6 +232,12 @@ class TrainingObjective:
                     raise ConfigError([f"train.objective: {name} has a loss term {term!r} that another part has too"])
                 weights[term] = weight
         return weights
+
+
+def _builds_batches(kind: type[Objective]) -> bool:
+    """Whether it has ``build_batch``, and no class derived from the one that has it builds other rows."""
+    places = {name: n for n, cls in reversed([*enumerate(kind.__mro__)]) for name in vars(cls)}
+    return places["build_batch"] <= min(places["build_example"], places["collate"])
 
 
 def build_objective(resolved: Resolved, manager: PluginManager, env: ObjectiveEnv) -> TrainingObjective:

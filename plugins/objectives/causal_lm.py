@@ -22,6 +22,7 @@ from megalm.api import (
     Term,
     packed_row,
     packed_rows,
+    stream_windows,
 )
 
 if TYPE_CHECKING:
@@ -72,16 +73,28 @@ class CausalLM(Objective):
         window = corpus.stream(start, start + self.env.sequence_length + 1)
         return {"tokens": window[:-1], "labels": window[1:]}
 
+    def build_batch(self, samples: np.ndarray, corpus: Corpus) -> Batch | None:
+        if self.env.packing:
+            return self.collate([self._packed(sample, corpus) for sample in samples.tolist()])
+        length = self.env.sequence_length
+        found = stream_windows(corpus, length * samples, length + 1)
+        return {"tokens": found[:, :-1].copy(), "labels": found[:, 1:].copy()}
+
     def _packed(self, sample: int, corpus: Corpus) -> Example:
-        pieces = packed_row(corpus, sample, self.env.sequence_length, self.env.packing)
-        tokens, labels = [], []
-        for piece in pieces:
+        length = self.env.sequence_length
+        tokens, labels, documents = (np.empty(length, dtype=np.int64) for _ in range(3))
+        at = 0
+        for number, piece in enumerate(packed_row(corpus, sample, length, self.env.packing)):
+            stop = at + piece.stop - piece.start
             # A piece that its document goes on after has the next token as its last label.
             text = corpus.stream(piece.start, piece.stop + (not piece.ends))
-            tokens.append(text[: piece.stop - piece.start])
-            labels.append(np.append(text[1:], IGNORE) if piece.ends else text[1:])
-        documents = np.repeat(np.arange(len(pieces)), [len(text) for text in tokens])
-        return {"tokens": np.concatenate(tokens), "labels": np.concatenate(labels), "documents": documents}
+            tokens[at:stop] = text[: stop - at]
+            labels[at : at + len(text) - 1] = text[1:]
+            if piece.ends:
+                labels[stop - 1] = IGNORE
+            documents[at:stop] = number
+            at = stop
+        return {"tokens": tokens, "labels": labels, "documents": documents}
 
     def collate(self, examples: list[Example]) -> Batch:
         return {name: np.stack([example[name] for example in examples]) for name in self.needs().tensors}

@@ -9,7 +9,8 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from megalm.data.pack import packed_row, packed_rows
+from megalm.data.pack import Piece, packed_reference, packed_row, packed_rows
+from megalm.native.helpers import helpers
 
 
 class Lengths:
@@ -67,3 +68,30 @@ def test_fewer_cuts_than_the_stream(campaign_seed: int) -> None:
     cuts = sum(not piece.ends for piece in pieces)
     in_stream = sum((n * length) not in set(corpus.bounds) for n in range(1, count))
     assert cuts < 0.55 * in_stream
+
+
+@pytest.mark.skipif(isinstance(helpers(), str), reason=f"no helpers: {helpers()}")
+def test_the_helper_equals_the_reference(campaign_seed: int) -> None:
+    native, r = helpers(), random.Random(campaign_seed)
+    assert not isinstance(native, str)
+    for _ in range(300):
+        length, rows = r.randint(1, 40), r.randint(1, 40)
+        longest = r.choice([3, length, 5 * length])
+        start = r.randint(0, 9)
+        edges, stop = [start], start + length * rows
+        while edges[-1] < stop:
+            edges.append(edges[-1] + r.randint(1, longest))
+        for row in range(rows):
+            expected = packed_reference(np.array(edges), stop, row, rows, length)
+            assert [Piece(*each) for each in native.packed_row(np.array(edges), stop, row, rows, length)] == expected
+
+
+@pytest.mark.skipif(isinstance(helpers(), str), reason=f"no helpers: {helpers()}")
+@pytest.mark.parametrize(
+    ("edges", "stop", "rows"), [([0], 8, 2), ([0, 4], 8, 2), ([0, 9], 8, 1), ([5, 9], 4, 2), ([0, 7, 1, 9], 8, 2)]
+)
+def test_windows_that_documents_do_not_fill(edges: list[int], stop: int, rows: int) -> None:
+    native = helpers()
+    assert not isinstance(native, str)
+    with pytest.raises(ValueError, match="do not fill"):
+        native.packed_row(np.array(edges), stop, 0, rows, 4)

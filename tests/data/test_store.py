@@ -16,6 +16,7 @@ from megalm.data.split import Split
 from megalm.data.store import PARTS, TokenStore
 from megalm.data.writer import PartWriter
 from megalm.errors import DataError, TokenizerError
+from megalm.native.helpers import helpers
 from megalm.plugin.contract.tokenizer import SpecialTokens
 from megalm_plugins.tokenizers.byte import ByteTokenizer
 
@@ -97,6 +98,44 @@ def test_reads_back_what_python_lists_say(made):
         store.verify()
         seen += len(mine)
     assert seen == len(documents)
+
+
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_windows_are_what_the_stream_gives(made, campaign_seed, monkeypatch, native):
+    monkeypatch.setattr("megalm.data.store.helpers", helpers if native == "auto" else lambda: "none")
+    store, draw = TokenStore.open(made[0], "train"), np.random.default_rng(campaign_seed)
+    n = store.num_tokens
+    for length in (0, 1, 7, 3000, n):
+        starts = draw.integers(0, n - length + 1, size=9)
+        found = store.windows(starts, length)
+        assert found.dtype == np.int64
+        assert found.shape == (9, length)
+        assert [row.tolist() for row in found] == [store.stream(at, at + length).tolist() for at in starts.tolist()]
+    assert store.windows(np.zeros(0, dtype=np.int64), 5).shape == (0, 5)
+    for starts, length in (([0, -1], 2), ([n - 1], 2), ([n + 1], 0), ([0], n + 1), ([0], -1)):
+        with pytest.raises(IndexError):
+            store.windows(np.array(starts), length)
+
+
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_windows_are_checked(made, monkeypatch, native):
+    monkeypatch.setattr("megalm.data.store.helpers", helpers if native == "auto" else lambda: "none")
+    folder, tokenizer, _ = made
+    monkeypatch.setattr(type(tokenizer), "vocab_size", tokenizer.vocab_size)
+    store = TokenStore.open(folder, "train")
+    store._vocab_size = int(store.stream(0, store.num_tokens).max())  # now one id is outside
+    place = int(store._values.argmax())
+    at = HEADER_BYTES + store._itemsize * place
+    with pytest.raises(DataError, match=rf"offset {at} holds token {store._vocab_size}, outside the vocabulary"):
+        store.windows(np.array([0, place]), 1)
+    path = folder / "train.tokens"
+    data = bytearray(path.read_bytes())
+    data[HEADER_BYTES + 4096 + 5] ^= 1
+    path.write_bytes(data)
+    store = TokenStore.open(folder, "train")
+    store.windows(np.array([0, 3]), 100)
+    with pytest.raises(DataError, match=rf"altered between offset {HEADER_BYTES + 4096} and {HEADER_BYTES + 8192}"):
+        store.windows(np.array([0, 4090 // store._itemsize]), 100)
 
 
 def test_positions_outside_are_index_errors(made):

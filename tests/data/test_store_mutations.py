@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalm.data.megatron.export import export_megatron
@@ -54,6 +55,7 @@ def _questions(folder: Path) -> list[tuple]:
     for part in PARTS:
         store = TokenStore.open(folder, part)
         found += [(part, "stream", at, min(at + 700, store.num_tokens)) for at in range(0, store.num_tokens, 700)]
+        found += [(part, "windows", at, min(300, store.num_tokens - at)) for at in range(0, store.num_tokens, 900)]
         for name, count in (
             ("document", store.num_documents),
             ("document_sentences", store.num_documents),
@@ -85,11 +87,12 @@ def _ask(folder: Path, questions: list[tuple], resolve) -> tuple[Answers, int]:
         if part not in stores:
             continue
         try:
-            answer = getattr(stores[part], method)(*arguments)
+            given = [np.array(arguments[:1]), *arguments[1:]] if method == "windows" else arguments
+            answer = getattr(stores[part], method)(*given)
         except MegalmError:
             refused += 1
         else:
-            if method == "stream":
+            if method in ("stream", "windows"):
                 assert answer.size == 0 or 0 <= int(answer.min()) <= int(answer.max()) < stores[part].vocab_size
                 answer = answer.tolist()
             answers[part, method, *arguments] = answer

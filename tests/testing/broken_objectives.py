@@ -19,6 +19,7 @@ from megalm.api import (
     TensorSpec,
     Term,
     hookimpl,
+    stream_windows,
 )
 
 MEGALM_API = (1, 0)
@@ -189,6 +190,20 @@ class MasksByHash(Windows):
 
     def hidden(self, rng: np.random.Generator, length: int) -> Any:
         return np.random.default_rng(hash(f"row {rng.integers(1 << 30)}") & 0xFFFF).random(length) < 0.25
+
+
+class BatchesWithoutDraws(Windows):
+    """What builds many rows at once leaves out what is drawn of each."""
+
+    def build_batch(self, samples: np.ndarray, corpus: Corpus) -> Batch:
+        length = self.env.sequence_length
+        found = stream_windows(corpus, length * samples, length + 1)
+        return {"tokens": found[:, :-1].copy(), "labels": found[:, 1:].copy()}
+
+
+class BatchesOfNothing(Windows):
+    def build_batch(self, samples: np.ndarray, corpus: Corpus) -> Batch | None:
+        return None
 
 
 class DropsFromStream(Windows):

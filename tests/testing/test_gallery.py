@@ -62,6 +62,7 @@ OBJECTIVES = [
     ("MasksByWorkerOrder", "Windows", "rows", "differs in labels.*draw from no other generator"),
     ("MasksByInstance", "Windows", "rows", "keep no state between rows"),
     ("MasksByHash", "Windows", "rows", "built in a new process.* differs in labels"),
+    ("BatchesWithoutDraws", "BatchesOfNothing", "rows", r"build_batch\(\) of the samples .* differs in labels"),
     ("DropsFromStream", "Windows", "steps", r"loss.* differs from one time to the next. Dropout is ctx\.dropout"),
     ("CountsInPlace", "Windows", "steps", r"counts\(\) changes the tensor 'labels' of the batch in place"),
     ("Casts", "Windows", "steps", "the term 'next' is float32 in a float64 run"),

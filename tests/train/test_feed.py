@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalm.api import Objective
+from megalm.api import Needs, Objective, TensorSpec
 from megalm.config.load import load_config
 from megalm.data.sampler import SampleOrder
 from megalm.errors import ConfigError, DataError
@@ -21,6 +21,7 @@ from megalm.parallel.sim import run_simulated
 from megalm.testing.parity import assert_parity, gradients_of, loss_and_gradients
 from megalm.testing.runs import load_run, make_store
 from megalm.train.feed import TrainFeed, evaluation_rows
+from megalm.train.objective import TrainingObjective
 from megalm.train.prepare import Prepared, prepare_run
 
 
@@ -88,6 +89,75 @@ def test_every_layout_and_worker_count_sees_the_same(
     layouts = [(dp, acc, n) for dp in (1, 2, 8, 64) for acc in (1, 2, 8) for n in range(5) if dp * acc <= 64]
     for dp, accumulation, workers in [(64, 1, 1), (1, 8, 4), *r.sample(layouts, 6)]:
         assert rows_of(prepared, first, steps, batch, dp, accumulation, workers) == expected
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_batches_of_a_blend_are_those_of_its_rows(blended: Any, packing: str) -> None:
+    """Rows of several corpora that come together, each built by itself, or many in one go."""
+    objective = blended(f"data.packing={packing}", "data.packing_window=4").objective
+    corpora = blended().train.corpora
+    samples = [(corpora[place % 3 * (place > 4)], place, (7, "train", 0)) for place in range(12)]
+    expected = objective.collate([objective.build(sample, corpus, at) for corpus, sample, at in samples])
+    for some in (slice(None), slice(3), slice(5, 6)):
+        found = objective.batch(samples[some])
+        assert sorted(found) == sorted(expected)
+        for name, array in found.items():
+            assert array.flags.c_contiguous
+            assert np.array_equal(array, expected[name][some])
+
+
+class Views(Objective):
+    """Two rows of each example."""
+
+    def needs(self) -> Needs:
+        return Needs("bidirectional", {"tokens": TensorSpec()}, lm_head=False)
+
+    def weights(self) -> dict[str, float]:
+        return {"views": 1.0}
+
+    def num_samples(self, corpus: Any) -> int:
+        return 1000
+
+    def build_example(self, sample: int, corpus: Any, rng: Any) -> dict[str, Any]:
+        return {"two": np.array([[sample, corpus[0]], [sample, corpus[0] + 1]])}
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"tokens": np.concatenate([example["two"] for example in examples])}
+
+    def build_batch(self, samples: np.ndarray, corpus: Any) -> Any:
+        return self.collate([self.build_example(sample, corpus, None) for sample in samples])
+
+    def counts(self, batch: Any) -> dict[str, int]:
+        return {}
+
+    def loss(self, hidden: Any, batch: Any, ctx: Any) -> dict[str, Any]:
+        return {}
+
+
+def test_examples_of_several_rows_stay_together() -> None:
+    objective = TrainingObjective({"views": Views(None, None)}, 100)  # type: ignore[arg-type]
+    corpora = [10], [20]
+    samples: Any = [(corpora[n % 2], n, (1, "train", 0)) for n in range(5)]
+    expected = objective.collate([objective.build(at, corpus, where) for corpus, at, where in samples])
+    assert np.array_equal(objective.batch(samples)["tokens"], expected["tokens"])
+
+
+class OwnRows(Views):
+    def build_example(self, sample: int, corpus: Any, rng: Any) -> dict[str, Any]:
+        return {"two": np.array([[1, 2], [3, 4]])}
+
+
+class OwnBatches(OwnRows):
+    def build_batch(self, samples: np.ndarray, corpus: Any) -> Any:
+        return super().build_batch(samples, corpus)
+
+
+def test_a_derived_class_that_builds_other_rows_is_asked_for_each() -> None:
+    for cls, at_once in ((Views, True), (OwnRows, False), (OwnBatches, True)):
+        objective = TrainingObjective({"views": cls(None, None)}, 100)  # type: ignore[arg-type]
+        assert objective.builds_batches == at_once
+    found = TrainingObjective({"views": OwnRows(None, None)}, 100).batch([([10], 0, (1,))])  # type: ignore
+    assert found["tokens"].tolist() == [[1, 2], [3, 4]]
 
 
 def test_no_world_changes_what_stands_at_a_place(blended: Any, campaign_seed: int, full: bool) -> None:
@@ -292,19 +362,19 @@ def test_simulated_ranks_with_workers(blended: Any, workers: int) -> None:
 def test_an_error_in_a_worker_ends_the_run(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare("causal_lm")
     (part,) = prepared.objective.parts.values()
-    good = part.build_example
+    good = part.build_batch
 
-    def bad(sample: int, corpus: Any, rng: np.random.Generator) -> Any:
-        if sample == seen[20]:
+    def bad(samples: np.ndarray, corpus: Any) -> Any:
+        if seen[20] in samples.tolist():
             raise DataError("offset 4711 holds token 99999")
-        return good(sample, corpus, rng)
+        return good(samples, corpus)
 
     feed = TrainFeed(
         prepared.objective, prepared.train, seed=7, global_batch=8, micro_batch=2, dp_index=0, dp_size=1, workers=2
     )
     order = SampleOrder(7, prepared.objective.num_samples(prepared.train))
     seen = [order.at(place)[1] for place in range(24)]
-    monkeypatch.setattr(part, "build_example", bad)
+    monkeypatch.setattr(part, "build_batch", bad)
     feed.step(0)
     feed.step(1)
     with pytest.raises(DataError, match="offset 4711"):

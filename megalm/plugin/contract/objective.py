@@ -248,6 +248,11 @@ class Objective(ABC):
     def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
         """One row. ``rng`` is addressed by (seed, objective, epoch, sample): draw from nothing else."""
 
+    def build_batch(self, samples: np.ndarray, corpus: Corpus) -> Batch | None:
+        """What :meth:`collate` gives of the examples of ``samples``, int64 (rows,), of one corpus: in one go, where
+        nothing is drawn and it is worth the code. None, the default: each row is to be built."""
+        return None
+
     def rates(self) -> Mapping[str, float]:
         """Declared probabilities of what :meth:`build_example` or :meth:`extend_example` draws; none by default.
 

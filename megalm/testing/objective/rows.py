@@ -7,6 +7,8 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
+
 from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.objective.fresh_rows import Digests, built_elsewhere, digests
 from megalm.testing.objective.purity import generators_kept, move_generators
@@ -30,6 +32,9 @@ def rows_have_addresses(subject: ObjectiveSubject) -> str:
         _compare(subject, expected, _build(subject, another, numbers[::-1]), "by another instance")
     _compare(subject, expected, _in_worker(subject, shuffled[: count // 2]), "in a worker process")
     covered = f"{count} rows, in order, shuffled, by another instance, in a forked worker"
+    if subject.objective.builds_batches:
+        _batches(subject, shuffled)
+        covered += ", by build_batch"
     toml = subject.configuration()
     if toml is None:
         return covered
@@ -58,6 +63,20 @@ def _compare(
                 f"objective {subject.name}: row {number} built {how} differs in {', '.join(names)}. A row may depend "
                 "on its number, the corpus and the given rng only: draw from no other generator, and keep no state "
                 "between rows"
+            )
+
+
+def _batches(subject: ObjectiveSubject, numbers: list[int]) -> None:
+    """Batches built in one go are those of the rows one by one."""
+    objective, address = subject.objective, (subject.seed, "train", 0)
+    for start in range(0, len(numbers), 7):
+        samples = [(subject.corpus, number, address) for number in numbers[start : start + 7]]
+        found = objective.batch(samples)
+        expected = objective.collate([objective.build(number, corpus, at) for corpus, number, at in samples])
+        if wrong := sorted(name for name, array in expected.items() if not np.array_equal(array, found[name])):
+            raise CheckFailed(
+                f"objective {subject.name}: build_batch() of the samples {[number for _, number, _ in samples]} "
+                f"differs in {', '.join(wrong)} from what collate() gives of their rows"
             )
 
 

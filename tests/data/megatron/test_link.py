@@ -50,6 +50,8 @@ def _check(store: TokenStore, documents: list, eos: bool) -> None:
         assert store.document_sentences(d) == (first, number)
         assert store.document_at(at - 1) == d
     assert store.stream(0, store.num_tokens).tolist() == stream
+    windows = store.windows(np.array([0, at // 2, at // 3]), at // 2)
+    assert windows.tolist() == [stream[begin : begin + at // 2] for begin in (0, at // 2, at // 3)]
     assert store.num_sentences == number
     store.verify()
 
