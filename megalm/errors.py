@@ -43,6 +43,13 @@ class DataError(UsageError):
     """Unusable text, or a token store that is missing, truncated, altered or of another tokenizer."""
 
 
+class Preempted(MegalmError):
+    """The run was asked to end (SIGTERM) before its last step, and has, with a checkpoint of the last that it took."""
+
+    STATUS = 143
+    """Exit status, by the shell's convention: 128 + SIGTERM."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint that is missing, incomplete, altered or does not fit the model."""
 

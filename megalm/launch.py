@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megalm.errors import ConfigError, UsageError
+from megalm.errors import ConfigError, Preempted, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -84,14 +84,20 @@ def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
     from megalm.config.load import load_config
     from megalm.plugin.manager import PluginManager
     from megalm.train.prepare import prepare_run, verify_data
+    from megalm.train.provenance import absent_plugins
     from megalm.train.run_folder import check_run_folder
 
     options = parse_arguments(arguments)
     only = None if options.plugins is None else [name for name in options.plugins.split(",") if name]
     manager = PluginManager.for_launch(only)
-    resolved = load_config(options.config, options.set, manager)
-    device = _device(resolved.config.launch.device, place)
-    prepared = prepare_run(resolved, manager, place.world_size, "cuda" if device.type == "cuda" else "cpu")
+    try:
+        resolved = load_config(options.config, options.set, manager)
+        device = _device(resolved.config.launch.device, place)
+        prepared = prepare_run(resolved, manager, place.world_size, "cuda" if device.type == "cuda" else "cpu")
+    except UsageError as error:
+        for line in absent_plugins(options.config, options.set, manager):
+            error.add_note(line)
+        raise
     if place.local_rank == 0:
         verify_data(prepared)
     if place.rank == 0:
@@ -189,7 +195,8 @@ def run_rank(
 ) -> int:
     """Run a program between the start and the end of process groups, under a watchdog; its exit status.
 
-    What goes wrong is told once, whichever ranks it happens on, and ends the process: it returns 0 or not at all.
+    What goes wrong is told once, whichever ranks it happens on, and ends the process: it returns 0, the status of a run
+    that SIGTERM has ended, or not at all.
     """
     from megalm.parallel.bootstrap import start_process_group, stop_process_group
     from megalm.parallel.flight import CollectiveError, FlightRecord
@@ -199,6 +206,7 @@ def run_rank(
     place, flight = rendezvous.place, FlightRecord()
     watchdog = Watchdog(flight, place.rank, place.world_size, rendezvous.board, timeout)
     contexts: list[ParallelContext] = []
+    status = 0
 
     def start() -> None:
         limit = timeout + BACKEND_MARGIN
@@ -213,6 +221,11 @@ def run_rank(
         # A rank that is lost before it joins keeps the others waiting as well.
         flight.fly(flight.line("launch", tuple(range(place.world_size))), "start_process_groups", (), start)
         program(contexts[0])
+    except Preempted:
+        # On all ranks: they have agreed to end, and part as after a last step.
+        if rendezvous.store is None:
+            return Preempted.STATUS
+        status = Preempted.STATUS
     except UsageError as error:
         watchdog.leave(f"has failed: {_text(error)}", excuse=True)
         if rendezvous.first("failed"):
@@ -235,7 +248,7 @@ def run_rank(
         os._exit(INTERRUPTED)
     watchdog.stop()
     stop_process_group()
-    return 0
+    return status
 
 
 def _device(wanted: str, place: Place) -> torch.device:

@@ -25,6 +25,11 @@ class TrainingState:
     elsewhere: frozenset[str] = frozenset()
     """Logical tensors that other pipeline stages have."""
 
+    @property
+    def bytes(self) -> int:
+        """Size of this rank's tensors."""
+        return sum(p.local.numel() * p.local.element_size() for p in (*self.weights, *self.optimizer))
+
 
 def training_state(
     weights: Weights, optimizer: torch.optim.Optimizer | None, whole: Iterable[str] = ()
@@ -42,7 +47,12 @@ def training_state(
                     if scalars.setdefault(key, value.item()) != value.item():
                         raise CheckpointError(f"the optimizer's {key} of {name} differs from that of other weights")
                     continue
-                for piece in pieces(name, weights.layouts[name], value, weights.parallel.indices):
+                if value.shape != master.shape:
+                    raise CheckpointError(
+                        f"the optimizer's {key} of {name} has shape {list(value.shape)}, but a state that is divided "
+                        f"as the weight is needs the weight's, {list(master.shape)}, or none (one number)"
+                    )
+                for piece in pieces(name, weights.layouts[name], value, weights.owners):
                     named = f"{piece.name}{STATE_SEPARATOR}{key}"
                     slots.append(Piece(named, piece.part, piece.local, piece.held, piece.owned))
     held = weights.pieces()

@@ -264,9 +264,18 @@ class CheckpointConfig(Settings):
     every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = Field(default=2, ge=1)
-    """Complete checkpoints to keep."""
+    """Complete checkpoints to keep: the newest. A damaged one does not count, and the last good one stays."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep besides, for good, the checkpoints of every so many steps; 0: none."""
+    async_save: bool = False
+    """Write in the background: the step waits only for a copy to host memory, which takes as much as the state does."""
     load: Folder | None = None
-    """Start from this checkpoint folder. It must be whole; there is no fallback to an older one."""
+    """Start from this checkpoint: its folder, or a run or a ``latest`` file, whose newest one is meant. It must be
+    whole; there is no fallback to an older one."""
+    preemption_deadline: float = Field(default=25.0, gt=0)
+    """Seconds after SIGTERM within which the run saves and ends. torchrun and most clusters kill after 30."""
+    allow_changed_plugins: bool = False
+    """Go on from a checkpoint although a plugin that made it has another version or source here."""
 
 
 class LogConfig(Settings):

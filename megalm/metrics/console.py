@@ -47,6 +47,10 @@ class ConsoleLike(Protocol):
         """Something that the user should look at; the run goes on."""
         ...
 
+    def watch(self, beside: Callable[[], str | None]) -> None:
+        """Show, while it goes on, what happens beside the training; none where nothing does."""
+        ...
+
     def finish(self, summary: Mapping[str, Any] | None = None, sample: str | None = None) -> None:
         """Training is over, well or not: ends the live view, then shows the sample and the summary's figures."""
         ...
@@ -64,6 +68,8 @@ class NullConsole:
     def message(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
+
+    def watch(self, beside: Callable[[], str | None]) -> None: ...
 
     def finish(self, summary: Mapping[str, Any] | None = None, sample: str | None = None) -> None: ...
 
@@ -123,6 +129,7 @@ class Console:
         self._pace: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW + 1)
         self._latest: list[tuple[str, str]] = []
         self._eval: list[tuple[str, str]] = []
+        self._beside: Callable[[], str | None] = lambda: None
         self._progress = Progress(TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True)
 
     def start(self, total_steps: int, start_step: int = 0, info: Mapping[str, object] | None = None) -> None:
@@ -162,6 +169,9 @@ class Console:
 
     def warn(self, text: str) -> None:
         self._line(f"warning: {text}", style="yellow")
+
+    def watch(self, beside: Callable[[], str | None]) -> None:
+        self._beside = beside
 
     def finish(self, summary: Mapping[str, Any] | None = None, sample: str | None = None) -> None:
         if self._live is not None:
@@ -203,6 +213,8 @@ class Console:
     def _view(self) -> Group:
         left = duration(self._seconds_left(self._pace[-1][1])) if self._pace else "-"
         shown = [*self._latest, ("time left", left), *((f"eval {name}", value) for name, value in self._eval)]
+        beside = self._beside()
+        shown += [("saving", beside)] if beside else []
         line = Text()
         for name, value in shown:
             line.append(name.replace(" ", "\N{NO-BREAK SPACE}") + "\N{NO-BREAK SPACE}", style="dim")

@@ -50,18 +50,22 @@ class Weights:
 
         return hook
 
+    @property
+    def owners(self) -> dict[str, int]:
+        """This rank's place in the layout but for the data-parallel axis, whose ranks hold the same and answer for the
+        same; who of them does something with it (writes a checkpoint, say) is not the layout's affair."""
+        return {**self.parallel.indices, "dp": 0}
+
     def pieces(self) -> list[Piece]:
-        """The logical tensors of all weights as this rank holds them."""
-        masters = {name: master.detach() for name, master in self.masters.items()}
-        return self._pieces(masters, self.parallel.indices)
+        """The logical tensors of all weights as this rank holds them; ``owned`` as for :attr:`owners`."""
+        return self._pieces({name: master.detach() for name, master in self.masters.items()})
 
     def gradient_pieces(self) -> list[Piece]:
         """The logical tensors of all gradients; zeros where nothing flowed.
 
         Data-parallel ranks come to hold the same sums, and each of them owns what the first does.
         """
-        gradients = {name: self.gradient(name) for name in self.masters}
-        return self._pieces(gradients, {**self.parallel.indices, "dp": 0})
+        return self._pieces({name: self.gradient(name) for name in self.masters})
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient of one weight, made zero where nothing flowed, so that every rank has the same tensors."""
@@ -80,9 +84,7 @@ class Weights:
         for parameter, master in self._rounded:
             parameter.data.copy_(master)
 
-    def _pieces(self, tensors: dict[str, torch.Tensor], indices: dict[str, int]) -> list[Piece]:
+    def _pieces(self, tensors: dict[str, torch.Tensor]) -> list[Piece]:
         return [
-            piece
-            for name, tensor in tensors.items()
-            for piece in pieces(name, self.layouts[name], tensor, indices)
+            piece for name, tensor in tensors.items() for piece in pieces(name, self.layouts[name], tensor, self.owners)
         ]

@@ -43,6 +43,8 @@ class Prepared:
 
     resolved: Resolved
     manager: PluginManager
+    tokenizer_component: str
+    """What the store calls the component that its tokenizer is of."""
     tokenizer: Tokenizer
     objective: TrainingObjective
     spec: ModelSpec
@@ -110,7 +112,7 @@ def prepare_run(
     make_room(len(config.data.blend))
     validation = _open(config.data, "validation")
     first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
-    _, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
+    component, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
     source = _source(resolved, manager)
     train = _open(config.data, "train") if source is None else _opened(source, config.data, tokenizer)
     for store in (*stores_of(train), *stores_of(validation)):
@@ -170,6 +172,7 @@ def prepare_run(
     return Prepared(
         resolved=resolved,
         manager=manager,
+        tokenizer_component=component,
         tokenizer=tokenizer,
         objective=objective,
         spec=spec,

@@ -33,7 +33,8 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"
 FREE_KEYS = {
     *("run.dir", "run.allow_changed_config", "launch.collective_timeout", "data.workers", "data.epochs"),
-    *("checkpoint.keep", "checkpoint.load"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.async_save", "checkpoint.load"),
+    *("checkpoint.preemption_deadline", "checkpoint.allow_changed_plugins"),
     *("log.every", "log.callbacks", "sample.prompt", "sample.tokens", "sample.temperature", "sample.top_k"),
 }
 """Keys whose change does not change the run: where it lies, what it shows, what it keeps."""

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from megalm import __version__
+from megalm.checkpoint.folders import complete_checkpoints
 from megalm.checkpoint.load import load_state
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.save import Retention, Saver
 from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
 from megalm.data.stream import Stream
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, Preempted
+from megalm.metrics import jsonl
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
 from megalm.model.language_model import LanguageModel, logical_shapes
@@ -26,7 +28,9 @@ from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
 from megalm.train.feed import TrainFeed, evaluation_rows
 from megalm.train.outcome import ensure_report, is_complete, sample_of, show_outcome, write_outcome
+from megalm.train.preemption import REASON, Preemption
 from megalm.train.prepare import Prepared
+from megalm.train.provenance import used_plugins
 from megalm.train.recorder import PipelineRecorder
 from megalm.train.resume import Start, find_start, identity, own_identity
 from megalm.train.run_folder import CHECKPOINTS, METRICS, RunLock, start_run_folder
@@ -69,11 +73,23 @@ class Trainer:
         )
         self.metrics = MetricsFile(prepared.run_dir / METRICS)
         self.recorder = PipelineRecorder(prepared.pipeline, parallel, prepared.run_dir, self._warn)
+        kept = self.config.checkpoint
+        self.saver = Saver(
+            prepared.run_dir / CHECKPOINTS,
+            parallel,
+            Retention(kept.keep, kept.keep_every),
+            asynchronous=kept.async_save,
+            say=self.console.message,
+        )
+        self.preemption = Preemption(kept.preemption_deadline, self._last_word)
         self.warnings: list[str] = []
         self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
 
     def run(self) -> None:
-        """Train from where the run stands to its last step, evaluate, and leave summary and report."""
+        """Train from where the run stands to its last step, evaluate, and leave summary and report.
+
+        Preempted, once a checkpoint is complete, where SIGTERM asked the run to end before.
+        """
         lock = RunLock(self.prepared.run_dir)
         try:
             self._run(lock)
@@ -112,8 +128,10 @@ class Trainer:
             if start is not None:
                 hook.megalm_load_state(run=info, meta=start.manifest.state.get("callbacks", {}))
             self.console.start(steps, done, self._heading())
+            self.console.watch(self._saving)
             hook.megalm_train_start(run=info)
-            self._train(info, done)
+            with self.preemption:
+                reason = self._train(info, done)
         except BaseException as raised:
             error = raised
             raise
@@ -122,23 +140,30 @@ class Trainer:
             if error is not None:
                 self.console.finish()
             hook.megalm_train_end(run=info, error=error)
+        if reason == REASON:
+            raise Preempted(f"the run in {self.prepared.run_dir} was asked to end")
 
-    def _train(self, info: RunInfo, done: int) -> None:
+    def _train(self, info: RunInfo, done: int) -> str | None:
+        """Take the steps that are left; why the run stopped before the last one, if it did."""
         train = self.config.train
         started, tokens = time.perf_counter(), 0
         step, reason = done, None
         self.recorder.start(done, train.steps)
+        self._evaluate_again(info, done)
         while step < train.steps and reason is None:
             step += 1
             tokens += self.tokens_per_step
             with phase(f"step {step}"):
                 reason = self._whole_step(info, step)
+        with phase("save checkpoint"):
+            self.saver.finish()
         if reason is not None:
             self.console.message(f"stopped after step {step}: {reason}")
             if step < train.steps:
                 self.console.finish()
-                return
+                return reason
         self._finish(step, time.perf_counter() - started, tokens)
+        return None
 
     def _whole_step(self, info: RunInfo, step: int) -> str | None:
         """Take a step, counted from 1, and do what is due after it; why the run is to stop, if it is."""
@@ -157,9 +182,15 @@ class Trainer:
             "tokens_per_second": self.tokens_per_step / seconds,
         }
         self._record(info, step, record)
+        with phase("save checkpoint"):
+            if step == info.start_step + 1:  # the optimizer has its state from here on
+                self.saver.reserve(training_state(self.weights, self.optimizer))
+            self.saver.poll()
         reason = self._should_stop(info, step)
         last = step == self.config.train.steps
-        if last or (self.config.eval.every and step % self.config.eval.every == 0):
+        if not last and self.preemption.asked(self.parallel):
+            reason = REASON
+        elif last or self._evaluation_due(step):
             self._evaluate(info, step, last)
         if last or reason or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
             self._save(info, step)
@@ -226,6 +257,18 @@ class Trainer:
         flat = {"loss": losses.total, **{f"terms.{name}": value for name, value in losses.terms.items()}}
         self.prepared.manager.hook.megalm_eval_end(run=info, step=step, metrics=flat)
 
+    def _evaluation_due(self, step: int) -> bool:
+        return bool(self.config.eval.every and step % self.config.eval.every == 0)
+
+    def _evaluate_again(self, info: RunInfo, done: int) -> None:
+        """Make up for an evaluation that a run which was asked to end had no time for."""
+        with phase("was the evaluation made"):
+            recorded = jsonl.read(self.metrics.path) if self.leader and self._evaluation_due(done) else []
+            made = any(record["step"] == done and "eval" in record for record in recorded)
+            due = self.parallel.world.broadcast_json(bool(recorded) and not made)
+        if due:
+            self._evaluate(info, done, last=done == self.config.train.steps)
+
     def _record(self, info: RunInfo, step: int, record: dict[str, Any]) -> None:
         if self.leader:
             self.metrics.append({"step": step, **record})
@@ -260,14 +303,17 @@ class Trainer:
             "callbacks": callbacks,
         }
         with phase("save checkpoint"):
-            save_checkpoint(
-                self.prepared.run_dir / CHECKPOINTS,
-                step,
-                training_state(self.weights, self.optimizer),
-                state,
-                self.parallel,
-                self.config.checkpoint.keep,
-            )
+            self.saver.save(step, training_state(self.weights, self.optimizer), state)
+
+    def _saving(self) -> str | None:
+        """How far the checkpoint is that is being written beside the training."""
+        progress = self.saver.progress
+        return None if progress is None else f"step {progress.step}, {progress}"
+
+    def _last_word(self) -> str:
+        """Where a run stands that ends without a checkpoint of its last step."""
+        newest = complete_checkpoints(self.prepared.run_dir / CHECKPOINTS)
+        return f"the newest is {newest[0].name}" if newest else "the run has none"
 
     def _load(self, start: Start) -> int:
         with phase("resume"):
@@ -277,6 +323,12 @@ class Trainer:
             set_scalars(self.weights, self.optimizer, start.manifest.scalars)
             self.weights.publish()
         self._skip_documents(start)
+        before, now = start.manifest.state.get("layout"), self._place()["layout"]
+        if before is not None and before != now:
+            self.console.message(
+                f"{start.folder.name} was saved under {_words(before)} and goes on under {_words(now)}: "
+                "the same samples and draws, and losses equal but for rounding"
+            )
         return start.manifest.step
 
     def _skip_documents(self, start: Start) -> None:
@@ -323,6 +375,7 @@ class Trainer:
             "device": str(self.parallel.device),
             "versions": {"megalm": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "plugins": self.prepared.manager.fingerprint(),
+            "uses": used_plugins(self.prepared),
             "kernels": {decision.operation: decision.as_dict() for decision in self.prepared.kernels},
         }
 
@@ -349,3 +402,9 @@ class Trainer:
         paths = self.config.data.paths
         shown = paths if len(paths) < 4 else (*paths[:2], f"and {len(paths) - 2} more")
         return f"{train.num_tokens:,} training tokens in {', '.join(shown)}"
+
+
+def _words(layout: dict[str, Any]) -> str:
+    """``tp 2 + sp, pp 2, dp 1``."""
+    sp = " + sp" if layout["sp"] else ""
+    return ", ".join(f"{axis} {size}{sp if axis == 'tp' else ''}" for axis, size in layout.items() if axis != "sp")

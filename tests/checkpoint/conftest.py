@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo  # what the first step of an optimizer imports: once here instead of in every forked rank
+from safetensors.numpy import load_file
 
 from megalm.checkpoint.folders import open_whole
 from megalm.checkpoint.load import load_state
@@ -24,6 +28,46 @@ from megalm.testing.runs import make_run, make_store
 from megalm.train.feed import TrainFeed
 from megalm.train.prepare import Prepared
 from megalm.train.step import forward_backward
+
+Tensors = dict[str, np.ndarray]
+
+
+class PlainReader:
+    """Checkpoints read by their JSON and safetensors alone: what the engine's reader is compared with."""
+
+    @staticmethod
+    def logical(folder: Path, kind: str) -> Tensors:
+        """Whole tensors of a checkpoint. Each element lies in one file."""
+        files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+        found = {}
+        for name, record in json.loads((folder / "manifest.json").read_text())[kind].items():
+            whole = np.full(record["shape"], np.nan, dtype=record["dtype"])
+            for part in record["slices"]:
+                place = tuple(slice(a, a + n) for a, n in zip(part["start"], part["shape"], strict=True))
+                assert np.isnan(whole[place]).all(), f"{name}: slices overlap"
+                whole[place] = files[part["file"]][part["key"]]
+            assert not np.isnan(whole).any(), f"{name}: slices leave gaps"
+            found[name] = whole
+        return found
+
+    @staticmethod
+    def equal(a: Tensors, b: Tensors) -> None:
+        """AssertionError where anything differs, be it one bit."""
+        assert set(a) == set(b)
+        for name in a:
+            assert a[name].dtype == b[name].dtype, name
+            np.testing.assert_array_equal(a[name].view(np.uint8), b[name].view(np.uint8), err_msg=name)
+
+    @staticmethod
+    def scalars(folder: Path) -> dict[str, Any]:
+        """The optimizer's state that is one number."""
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["scalars"]
+        return found
+
+
+@pytest.fixture(scope="session")
+def plain() -> PlainReader:
+    return PlainReader()
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +114,12 @@ def reload(prepared: Prepared, parallel: ParallelContext, folder: Path, root: Pa
     load_state(folder, manifest, training_state(weights, optimizer))
     set_scalars(weights, optimizer, manifest.scalars)
     save_checkpoint(root, manifest.step, training_state(weights, optimizer), manifest.state, parallel, 2)
+
+
+@pytest.fixture(scope="session")
+def builds() -> Callable[..., Any]:
+    """``builds(prepared, parallel)``: model, weights and optimizer."""
+    return build
 
 
 Rank = Callable[[ParallelContext], None]

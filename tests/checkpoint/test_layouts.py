@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from megalm.checkpoint.load import weights_sha256
 from megalm.checkpoint.manifest import read_manifest
@@ -19,54 +18,32 @@ pytestmark = pytest.mark.dist
 LAYOUTS: list[dict[str, Any]] = [{}, {"tp": 2, "sp": True}, {"tp": 3}, {"dp": 2}, {"tp": 2, "dp": 2}]
 
 
-def logical(folder: Path, kind: str) -> dict[str, np.ndarray]:
-    """Whole tensors of a checkpoint, by the manifest's JSON and nothing of megalm's. Each element lies in one file."""
-    files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
-    found = {}
-    for name, record in json.loads((folder / "manifest.json").read_text())[kind].items():
-        whole = np.full(record["shape"], np.nan, dtype=record["dtype"])
-        for part in record["slices"]:
-            place = tuple(slice(a, a + n) for a, n in zip(part["start"], part["shape"], strict=True))
-            assert np.isnan(whole[place]).all(), f"{name}: slices overlap"
-            whole[place] = files[part["file"]][part["key"]]
-        assert not np.isnan(whole).any(), f"{name}: slices leave gaps"
-        found[name] = whole
-    return found
-
-
-def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert set(a) == set(b)
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 def test_saved_here_loaded_on_one_rank_and_back(
-    trains: Any, reloads: Any, tmp_path: Path, layout: dict[str, Any]
+    trains: Any, reloads: Any, plain: Any, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     there = trains(tmp_path / "there", **layout)
     alone = reloads(there, tmp_path / "alone")
     back = reloads(alone, tmp_path / "back", **layout)
     for kind in ("weights", "optimizer"):
-        expected = logical(there, kind)
-        equal(logical(alone, kind), expected)
-        equal(logical(back, kind), expected)
+        expected = plain.logical(there, kind)
+        plain.equal(plain.logical(alone, kind), expected)
+        plain.equal(plain.logical(back, kind), expected)
         assert any(np.abs(values).max() > 0 for values in expected.values())
     scalars = [json.loads((f / "manifest.json").read_text())["scalars"] for f in (there, alone, back)]
     assert scalars == [{"step": 2.0}] * 3
     assert len({weights_sha256(f, read_manifest(f)) for f in (there, alone, back)}) == 1
 
 
-def test_weights_hash_is_what_it_says(saved: Path) -> None:
+def test_weights_hash_is_what_it_says(saved: Path, plain: Any) -> None:
     digest = hashlib.sha256()
-    for name, values in sorted(logical(saved, "weights").items()):
+    for name, values in sorted(plain.logical(saved, "weights").items()):
         digest.update(f"{name} {list(values.shape)}\n".encode() + values.astype("<f4").tobytes())
     assert weights_sha256(saved, read_manifest(saved)) == digest.hexdigest()
 
 
-def test_names_are_logical(saved: Path) -> None:
-    weights, optimizer = logical(saved, "weights"), logical(saved, "optimizer")
+def test_names_are_logical(saved: Path, plain: Any) -> None:
+    weights, optimizer = plain.logical(saved, "weights"), plain.logical(saved, "optimizer")
     assert weights["backbone.layers.0.attention.q.weight"].shape == (24, 24)
     assert weights["backbone.layers.0.attention.k.weight"].shape == (12, 24)
     assert not [name for name in weights if "qkv" in name]
@@ -81,4 +58,5 @@ def test_files_are_as_readable_as_their_folder(saved: Path) -> None:
 
 def test_the_oldest_are_pruned(trains: Any, tmp_path: Path) -> None:
     trains(tmp_path, steps=4, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert (tmp_path / "latest").read_text() == "step-00000004\n"

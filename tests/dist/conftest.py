@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -88,6 +89,10 @@ class Forked:
         """Whether rank 0 has written anything, which it does once all ranks are about to train."""
         return (self.folder / "0.out").exists() and (self.folder / "0.out").stat().st_size > 0
 
+    def reached(self) -> bool:
+        """Whether a rank stands at its :class:`Point`."""
+        return (self.folder / "reached").exists()
+
     def kill(self, ranks: Sequence[int] | None = None) -> None:
         """SIGKILL some ranks, or all."""
         for rank, pid in enumerate(self.pids):
@@ -126,6 +131,57 @@ class Forked:
         ]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A point of a rank's program at which it says so and stands still, until someone kills it.
+
+    ``event``: an audit event of Python's (``open``, ``os.rename``), or ``call os.write`` for a function of ``os``,
+    whose call is then half done: the first half of what is to be written, or before it.
+    """
+
+    rank: int
+    event: str
+    text: str
+    """In one of the event's arguments."""
+    count: int = 1
+    """The so-manieth time."""
+
+    def install(self, reached: Path) -> None:
+        """In the rank's process."""
+        left = [self.count]
+
+        def meet(*arguments: object) -> bool:
+            if left[0] and any(self.text in str(a) for a in arguments):
+                left[0] -= 1
+                return not left[0]
+            return False
+
+        def stand_still() -> None:
+            left[0] = 0
+            reached.touch()
+            time.sleep(600)
+
+        if self.event.startswith("call os."):
+            name = self.event.removeprefix("call os.")
+            call = getattr(os, name)
+
+            def patched(handle: int, *arguments: Any) -> Any:
+                if meet(os.readlink(f"/proc/self/fd/{handle}")):
+                    if arguments:
+                        call(handle, arguments[0][: len(arguments[0]) // 2])
+                    stand_still()
+                return call(handle, *arguments)
+
+            setattr(os, name, patched)
+            return
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            if event == self.event and meet(*arguments):
+                stand_still()
+
+        sys.addaudithook(hook)
+
+
 Fork = Callable[..., Forked]
 Program = Callable[[ParallelContext], None]
 
@@ -159,6 +215,7 @@ def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStor
         tp: int = 1,
         timeout: float = 60.0,
         env: Mapping[str, str] | None = None,
+        point: Point | None = None,
     ) -> Forked:
         folder = tmp_path_factory.mktemp("ranks")
         sys.stdout.flush()
@@ -174,6 +231,8 @@ def fork(tmp_path_factory: pytest.TempPathFactory, key_value_store: dist.TCPStor
                 os.read(gate, 1)
                 os.close(gate)
                 body = _launch([str(a) for a in what]) if isinstance(what, Sequence) else _alone(what, tp, timeout)
+                if point is not None and rank == point.rank:
+                    point.install(folder / "reached")
                 _run_rank(body, rank, ranks, key_value_store.port, cwd, folder, env or {})
             pids.append(pid)
         os.close(opener)
@@ -246,6 +305,11 @@ def _run_rank(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+@pytest.fixture(scope="session")
+def point_type() -> type[Point]:
+    return Point
 
 
 @pytest.fixture(scope="session")

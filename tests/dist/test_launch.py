@@ -346,6 +346,7 @@ class TestForked:
         fork(arguments, cwd=tmp_path).wait()
         assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]
         assert files(tmp_path / "run/checkpoints") == {
+            "latest",
             "step-00000001",
             *(f"step-00000001/{name}" for name in ("manifest.json", *FILES, *TP2_FILES)),
         }
