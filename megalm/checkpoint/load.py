@@ -10,8 +10,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,16 +32,23 @@ Copy = Callable[[], None]
 
 
 class _Files:
-    """Opens each file once."""
+    """Opens each file once, and closes all."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, TensorFile] = {}
+        self._stack = ExitStack()
 
     def __getitem__(self, name: str) -> TensorFile:
         if name not in self._open:
-            self._open[name] = TensorFile(self._folder / name)
+            self._open[name] = self._stack.enter_context(TensorFile(self._folder / name))
         return self._open[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
 
 
 def load_state(folder: Path, manifest: Manifest, state: TrainingState) -> None:
@@ -48,7 +57,12 @@ def load_state(folder: Path, manifest: Manifest, state: TrainingState) -> None:
     CheckpointError names the first tensor that is missing, has another shape or dtype, or is not wholly covered. That
     is known before anything is written.
     """
-    files, copies = _Files(folder), []
+    with _Files(folder) as files:
+        _run(_plan_state(folder, files, manifest, state))
+
+
+def _plan_state(folder: Path, files: _Files, manifest: Manifest, state: TrainingState) -> list[Copy]:
+    copies: list[Copy] = []
     for records, items in ((manifest.weights, state.weights), (manifest.optimizer, state.optimizer)):
         names = {piece.name for piece in items}
         unknown = {n for n in set(records) - names if n.split(STATE_SEPARATOR)[0] not in state.elsewhere}
@@ -65,7 +79,7 @@ def load_state(folder: Path, manifest: Manifest, state: TrainingState) -> None:
                     f"but this model's is {dtype}{list(piece.part.shape)}"
                 )
             copies += _plan(folder, files, piece.name, record, piece.held, piece.local)
-    _run(copies)
+    return copies
 
 
 def _plan(
@@ -122,11 +136,11 @@ def _run(copies: list[Copy]) -> None:
 
 def logical_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
     """Every logical weight, whole, in name order: (name, float32 array)."""
-    files = _Files(folder)
-    for name, record in sorted(manifest.weights.items()):
-        whole = torch.empty(record.shape, dtype=_dtype(folder, name, record))
-        _run(_plan(folder, files, name, record, tuple((0, n) for n in record.shape), whole))
-        yield name, whole.to(torch.float32).numpy()
+    with _Files(folder) as files:
+        for name, record in sorted(manifest.weights.items()):
+            whole = torch.empty(record.shape, dtype=_dtype(folder, name, record))
+            _run(_plan(folder, files, name, record, tuple((0, n) for n in record.shape), whole))
+            yield name, whole.to(torch.float32).numpy()
 
 
 def _dtype(folder: Path, name: str, record: TensorRecord) -> torch.dtype:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Self, TypeGuard
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ _NAMES = {
 _CODES = {name: code for code, name in _NAMES.items()}
 _MOST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
+_MOST_AT_ONCE = 1 << 30
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _RAW_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -102,8 +103,11 @@ def write_tensors(
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    host = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return host.view(torch.uint8).numpy().data if host.numel() else memoryview(b"")
+    host = tensor.detach().to("cpu").contiguous()
+    if not host.numel():
+        return memoryview(b"")
+    # Dimensions of one element may have any stride, and torch would not take that for bytes.
+    return host.as_strided((host.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -141,15 +145,23 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
+        with contextlib.ExitStack() as stack:
+            try:
+                self._file = stack.enter_context(path.open("rb", buffering=0))
+                size = os.fstat(self._file.fileno()).st_size
                 if size < 8:
                     raise CheckpointError(f"{path}: has {size} bytes, too few for a safetensors file")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-        self.entries = self._header(size)
+                self._map = stack.enter_context(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+            self.entries = self._header(size)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
 
     def _header(self, size: int) -> dict[str, Entry]:
         (length,) = struct.unpack("<Q", self._map[:8])
@@ -187,6 +199,10 @@ class TensorFile:
         count = math.prod(entry.shape)
         if not count:
             return
+        if target.device.type == "cpu" and target.is_contiguous() and _is_run(box, entry.shape):
+            self._read(entry.start + _offset(box, entry.shape) * target.element_size(), target)
+            return
+        # Of rows in part, the kernel brings just the pages that are touched.
         # numpy copies without torch's threads, in whichever thread this is. Bits are bits to it.
         raw = _RAW[target.element_size()]
         values = np.frombuffer(self._map, raw, count, entry.start).reshape(entry.shape)[box]
@@ -197,6 +213,27 @@ class TensorFile:
             host = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
             np.copyto(_as_raw(host), values)
             target.copy_(host)
+
+    def _read(self, start: int, target: torch.Tensor) -> None:
+        """Bytes from ``start`` on, straight into a contiguous tensor on the host."""
+        left = _bytes(target)
+        try:
+            while left:
+                if not (count := os.preadv(self._file.fileno(), [left[:_MOST_AT_ONCE]], start)):
+                    raise CheckpointError(f"{self.path}: ends at byte {start}: truncated while it was read")
+                left, start = left[count:], start + count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+
+def _is_run(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a range is one piece of the file: all of every dimension but the first."""
+    return all(part.start == 0 and part.stop == size for part, size in zip(box[1:], shape[1:], strict=True))
+
+
+def _offset(box: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+    """Values before a run."""
+    return int(box[0].start) * math.prod(shape[1:]) if box else 0
 
 
 def _as_raw(tensor: torch.Tensor) -> np.ndarray:
