@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.copy import HostCopy
 from megalm.checkpoint.folders import folder_name, point_latest, prune, unfinished_name
 from megalm.checkpoint.hashing import ALGORITHM
+from megalm.checkpoint.host_copy import HostCopy
 from megalm.checkpoint.manifest import FORMAT, MANIFEST, FileRecord, Manifest, Slice, TensorRecord
 from megalm.checkpoint.share import Box, shares
 from megalm.checkpoint.state import TrainingState
@@ -124,16 +124,9 @@ class Saver:
         if made["error"]:
             raise CheckpointError(made["error"])
         job.work = self._root / made["name"]
-        try:
-            if self._asynchronous:
-                self.reserve(state)
-                assert self._copy is not None
-                job.copy(self._copy)
-        except Exception as error:
-            self._together(f"the state cannot be copied to host memory: {error}", error)
         self._job = job
         if self._asynchronous:
-            self._together(None)
+            self._take_copy(job, state)
             job.start(job.write)
             job.progress.blocked = time.perf_counter() - began
         else:
@@ -183,11 +176,24 @@ class Saver:
         else:
             job.committing, job.reports = True, [each["report"] for each in heard]
 
-    def _together(self, error: str | None, cause: BaseException | None = None) -> None:
-        """Raise on every rank what went wrong on one."""
-        told = self._parallel.world.gather_json(error)
-        if failed := next((each for each in told if each), None):
-            raise CheckpointError(failed) from cause
+    def _take_copy(self, job: _Job, state: TrainingState) -> None:
+        """Leave the live tensors alone from here on; CheckpointError, on all ranks, where one lacks the memory."""
+        error: Exception | None = None
+        try:
+            self.reserve(state)
+            assert self._copy is not None
+            job.copy(self._copy)
+        except Exception as raised:
+            error = raised
+        told = self._parallel.world.gather_json(None if error is None else str(error))
+        if failed := next((each for each in told if each is not None), None):
+            self._job = None
+            if self._leader:
+                job.abandon()
+            raise CheckpointError(
+                f"checkpoint of step {job.step} failed: the state cannot be copied to host memory ({failed}); "
+                "checkpoint.async_save = false needs none"
+            ) from error
 
 
 def save_checkpoint(

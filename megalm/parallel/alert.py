@@ -44,13 +44,19 @@ class Alert:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             self._former = (signal.signal(signal.SIGTERM, _nothing), signal.set_wakeup_fd(self._ring.fileno()))
 
+    @property
+    def handled_by_program(self) -> bool:
+        """Whether the program that is watched has taken SIGTERM upon itself since :meth:`hold_back`."""
+        return signal.getsignal(signal.SIGTERM) is not _nothing
+
     def let_go(self) -> None:
         """Undo :meth:`hold_back`."""
         if self._former is not None:
             handler, descriptor = self._former
             self._former = None
             signal.set_wakeup_fd(descriptor)
-            signal.signal(signal.SIGTERM, handler)
+            if not self.handled_by_program:
+                signal.signal(signal.SIGTERM, handler)
 
     def close(self) -> None:
         """Nobody waits any more."""

@@ -141,7 +141,7 @@ class Watchdog:
                 self._report(alarm)
             elif self._failure is not None:
                 self._report(self._raise_failure(self._failure))
-            elif self._alert.terminated:
+            elif self._alert.terminated and self._is_final():
                 self._obey()
             elif oldest is not None and now - max(oldest, since) > self._timeout:
                 limit = f"{self._timeout:g} s (launch.collective_timeout)"
@@ -169,6 +169,16 @@ class Watchdog:
             _end()
         return self._raise(f"megalm: a collective failed on rank {self._rank}")
 
+    def _is_final(self) -> bool:
+        """Whether SIGTERM is to end this rank now. A program that handles it (a training that saves) ends by itself,
+        unless the launcher sent it because a rank is lost, for whom the program would wait in vain."""
+        if not self._alert.handled_by_program:
+            return True
+        try:
+            return self._board is None or self._excused() or bool(self._lost(self._board))
+        except BoardGone:
+            return True
+
     def _obey(self) -> None:
         """SIGTERM has come: go, unless there is something to report of why it was sent."""
         until = time.monotonic() + _OBEYING
@@ -193,10 +203,14 @@ class Watchdog:
         with contextlib.suppress(BoardGone):
             if self._board is not None and self._board.first("alarms"):
                 # A launcher that finds one rank dead ends the others, so it counts who is gone now.
-                others = [rank for rank in range(self._size) if rank != self._rank]
-                alarm["lost"] = [r for r in self._gone(self._board, others) if self._board.read(f"answer/{r}") is None]
+                alarm["lost"] = self._lost(self._board)
                 self._board.post("alarm", alarm)
         return self._alarm() or alarm
+
+    def _lost(self, board: Notices) -> list[int]:
+        """Ranks whose process is gone without a word."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        return [rank for rank in self._gone(board, others) if board.read(f"answer/{rank}") is None]
 
     def _gone(self, board: Notices, ranks: list[int]) -> list[int]:
         return [rank for rank in ranks if fate(board.read(f"place/{rank}")) == "gone"]

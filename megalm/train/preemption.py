@@ -35,6 +35,7 @@ class Preemption:
         self._timer: threading.Timer | None = None
         self._before: Any = None
         self._listens = False
+        self._ends = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -48,7 +49,8 @@ class Preemption:
         if self._timer is not None:
             self._timer.cancel()
         if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
+            # Ranks are signalled one after the other: when one has ended the run, others' signals may be on the way.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._ends else self._before)
             self._listens = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -68,4 +70,5 @@ class Preemption:
         """Whether any rank was asked to end; every rank calls it and hears the same."""
         with phase("was a rank asked to end"):
             flag = torch.tensor([self._asked], dtype=torch.float32, device=parallel.device)
-            return bool(parallel.world.all_reduce(flag, op="max").item())
+            self._ends = bool(parallel.world.all_reduce(flag, op="max").item())
+        return self._ends
