@@ -31,6 +31,7 @@ RENDEZVOUS = {
     *("init_process_group", "destroy_process_group", "new_group"),
 }
 PICKLING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+PICKLING_PREFIXES = ("multiprocessing.reduction", "torch.jit.load", "torch.package", "torch.distributed.checkpoint")
 OBJECT_COLLECTIVES = re.compile(r"^(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?$")
 TORCH = {"torch", "torchvision", "torchaudio"}
 LAZY_MODULES = {"megalm", "megalm.api", "megalm.cli.app", "megalm.cli.data", "megalm.launch", "megalm.testing"}
@@ -224,7 +225,8 @@ def no_pickle(module: Module) -> Iterator[str]:
         pickles = (
             parts[0] in PICKLING_MODULES
             or name in {"torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save"}
-            or name.startswith("multiprocessing.reduction")
+            or name.startswith(PICKLING_PREFIXES)
+            or parts[-1] in {"read_pickle", "to_pickle"}
             or any(OBJECT_COLLECTIVES.match(part) for part in parts)
         )
         if pickles:
@@ -313,6 +315,10 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (no_pickle, "megalm.checkpoint.load", "from torch import load as l\nl('x', weights_only=True)"),
     (no_pickle, COMM, "import torch.distributed as dist\ndist.all_gather_object(a, b)"),
     (no_pickle, COMM, "from torch.distributed import broadcast_object_list"),
+    (no_pickle, "megalm.checkpoint.load", "import torch\ntorch.jit.load('x')"),
+    (no_pickle, "megalm.checkpoint.load", "import torch.distributed.checkpoint as dcp\ndcp.load({})"),
+    (no_pickle, "megalm.checkpoint.load", "import shelve\nshelve.open('x')"),
+    (no_pickle, "megalm.data.store", "import pandas as pd\npd.read_pickle('x')"),
     (no_pickle, "megalm.data.store", "import numpy as np\nnp.load('x', allow_pickle=True)"),
 ]
 
