@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megalm.ops.native.library import library
 from megalm.parallel.mesh import ParallelContext
 from megalm.plugin.manager import PluginManager
 from megalm.testing.runs import make_store
@@ -184,6 +185,12 @@ class Point:
 
 Fork = Callable[..., Forked]
 Program = Callable[[ParallelContext], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_code() -> None:
+    """Is built, or known to be absent, before the first launch: one that builds says so, which is not under test."""
+    library()
 
 
 @pytest.fixture(scope="session")

@@ -211,6 +211,7 @@ class TestForked:
             "sample.txt",
             "report.html",
             "checkpoints",
+            "checkpoints/latest",
             "checkpoints/step-00000003",
             *(f"checkpoints/step-00000003/{n}" for n in ("manifest.json", *FILES)),
         }

@@ -1,4 +1,4 @@
-"""SIGTERM: a run saves after the step that it is in, ends within the deadline, and goes on as if nothing had happened."""
+"""SIGTERM: a run saves after the step that it is in, ends within the deadline, and goes on as if nothing had been."""
 
 from __future__ import annotations
 
