@@ -109,7 +109,10 @@ class ModelConfig(Settings):
     vocab_size: int | None = Field(default=None, ge=2, le=1 << 26)
     """Rows of the embedding; default and least: the tokenizer's vocabulary."""
     max_positions: Size | None = None
-    """Rows of the learned position embedding; default and least: train.sequence_length."""
+    """Rows of the learned position embedding; default and least: train.sequence_length. With other positions it says
+    only how long a text the model is for."""
+    position_offset: int = Field(default=0, ge=0, le=1 << 26)
+    """Row of the learned position embedding that the first position has (RoBERTa: 2)."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Kind of normalisation."""
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -124,6 +127,19 @@ class ModelConfig(Settings):
     """How positions enter."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary frequencies were stretched for longer texts: all divided by ``rope_factor``, or as LLaMA 3.1 does the
+    low ones only."""
+    rope_factor: float = Field(default=1.0, gt=0)
+    """How many times longer."""
+    rope_low_frequency_factor: float = Field(default=1.0, gt=0)
+    """``llama3``: waves longer than ``rope_original_positions`` divided by this are stretched in full."""
+    rope_high_frequency_factor: float = Field(default=4.0, gt=0)
+    """``llama3``: waves shorter than ``rope_original_positions`` divided by this are left alone."""
+    rope_original_positions: Size | None = None
+    """``llama3``: the text length before stretching."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before positions enter (Qwen3)."""
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
     """Non-linearity of the MLP and of the MLM transform."""
     gated: bool = False

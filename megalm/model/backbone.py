@@ -42,7 +42,9 @@ class Embedding(nn.Module):
             parallel, spec.vocab_size, c.hidden_size, init, "owner" if tied else None
         )
         learned = c.position == "learned"
-        self.positions = PositionEmbedding(parallel, spec.max_positions, c.hidden_size, init) if learned else None
+        self.positions: PositionEmbedding | None = None
+        if learned:
+            self.positions = PositionEmbedding(parallel, spec.max_positions, c.hidden_size, init, c.position_offset)
         self.types = TokenTypeEmbedding(parallel, spec.token_types, c.hidden_size, init) if spec.token_types else None
         self.norm = _norm(spec, parallel) if c.embedding_norm else None
 
@@ -87,6 +89,8 @@ class Layer(nn.Module):
             head_dim=spec.head_dim,
             causal=spec.causal,
             rope_theta=c.rope_theta if c.position == "rope" else None,
+            rope_scaling=spec.rope_scaling,
+            qk_norm_eps=c.norm_eps if c.qk_norm else None,
             qkv_bias=c.qkv_bias,
             out_bias=c.attention_bias,
             dropout=c.attention_dropout,

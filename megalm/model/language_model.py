@@ -51,11 +51,11 @@ class LanguageModel(nn.Module):
         """The token embedding, where this rank has it."""
         return None if self.backbone.embedding is None else self.backbone.embedding.tokens
 
-    def logits(self, batch: Microbatch, hidden: torch.Tensor, position: int) -> torch.Tensor:
-        """Whole logits (rows, V) of one position of each row, from what the last stage gives; without gradients."""
+    def logits(self, batch: Microbatch, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Whole logits (rows, V) of one place of each row (rows,), from what the last stage gives; without gradients."""
         if self.lm_head is None:
             raise ValueError("this model has no language-modelling head")
-        picked = self.context(batch).pick(hidden, position)
+        picked = self.context(batch).take(hidden, places[:, None])[:, 0]
         return self.lm_head.logits(picked, self.token_embedding)
 
 

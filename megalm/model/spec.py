@@ -12,6 +12,7 @@ from megalm.config.schema import Config, ModelConfig
 from megalm.errors import ConfigError, LayoutError
 from megalm.model.modules import module_parameters
 from megalm.ops.kernels import PLAIN, Kernels
+from megalm.ops.rope import RopeScaling
 from megalm.parallel.mesh import layout_sizes
 from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import Coupling, HeadSpec, Needs
@@ -40,6 +41,15 @@ class ModelSpec:
     kernels: Kernels = field(default=PLAIN, compare=False)
     """What it computes with."""
 
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """How rotary frequencies are stretched, if they are."""
+        c = self.cfg
+        if c.rope_scaling == "none":
+            return None
+        low, high = c.rope_low_frequency_factor, c.rope_high_frequency_factor
+        return RopeScaling(c.rope_scaling, c.rope_factor, low, high, c.rope_original_positions or 1)
+
     def parameter_count(self) -> int:
         """Elements of all logical tensors."""
         c, h = self.cfg, self.cfg.hidden_size
@@ -48,6 +58,7 @@ class ModelSpec:
         inner = (2 if c.gated else 1) * self.ffn_size
         layer = h * (q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + q * h + c.attention_bias * h
         layer += h * inner + self.ffn_size * h + c.mlp_bias * (inner + h) + 2 * norm
+        layer += c.qk_norm * 2 * self.head_dim
         total = c.layers * layer + self.vocab_size * h
         total += self.max_positions * h if c.position == "learned" else 0
         total += self.token_types * h + c.embedding_norm * norm + c.final_norm * norm
@@ -85,11 +96,22 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
     vocab = c.vocab_size or vocab_size
     if vocab < vocab_size:
         problems.append(f"model.vocab_size = {vocab} is smaller than the tokenizer's {vocab_size}")
-    positions = c.max_positions or config.train.sequence_length
-    if c.position == "learned" and positions < config.train.sequence_length:
+    needed = config.train.sequence_length + c.position_offset
+    positions = c.max_positions or needed
+    if c.position == "learned" and positions < needed:
+        offset = f" + model.position_offset = {needed}" if c.position_offset else ""
         problems.append(
-            f"model.max_positions = {positions} is less than train.sequence_length = {config.train.sequence_length}"
+            f"model.max_positions = {positions} is less than train.sequence_length = "
+            f"{config.train.sequence_length}{offset}"
         )
+    if c.rope_scaling == "llama3":
+        if c.rope_original_positions is None:
+            problems.append('model.rope_scaling = "llama3" needs model.rope_original_positions')
+        if c.rope_high_frequency_factor <= c.rope_low_frequency_factor:
+            problems.append(
+                f"model.rope_high_frequency_factor = {c.rope_high_frequency_factor} must be above "
+                f"model.rope_low_frequency_factor = {c.rope_low_frequency_factor}"
+            )
     if problems:
         raise ConfigError(problems)
     return ModelSpec(

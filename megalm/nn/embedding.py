@@ -45,22 +45,24 @@ class VocabParallelEmbedding(ParallelModule):
 
 
 class PositionEmbedding(ParallelModule):
-    """Learned absolute positions."""
+    """Learned absolute positions; the first one's vector is row ``offset``."""
 
-    def __init__(self, parallel: ParallelContext, positions: int, width: int, init: Init) -> None:
+    def __init__(self, parallel: ParallelContext, positions: int, width: int, init: Init, offset: int = 0) -> None:
         super().__init__(parallel)
+        self.offset = offset
         self.weight = self.declare_whole("weight", (positions, width), init, parallel.token_partial)
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         """Add its position's vector to each of this rank's tokens; positions count from each document's start."""
-        if batch.documents is not None:
-            own = batch.documents.positions.reshape(-1)[slice(*batch.shard)]
-            return x_TH + F.embedding(own, self.weight)
+        own = None if batch.documents is None else batch.documents.positions
+        own = own if batch.cache is None else batch.cache.positions_BS
+        if own is not None:
+            return x_TH + F.embedding(own.reshape(-1)[slice(*batch.shard)] + self.offset, self.weight)
         if x_TH.shape[0] == batch.rows * batch.length:
-            whole = x_TH.view(batch.rows, batch.length, -1) + self.weight[: batch.length]
-            return whole.view_as(x_TH)
+            rows = self.weight[self.offset : self.offset + batch.length]
+            return (x_TH.view(batch.rows, batch.length, -1) + rows).view_as(x_TH)
         positions = torch.arange(*batch.shard, device=x_TH.device) % batch.length
-        return x_TH + F.embedding(positions, self.weight)
+        return x_TH + F.embedding(positions + self.offset, self.weight)
 
 
 class TokenTypeEmbedding(ParallelModule):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalm.errors import ObjectiveError
+from megalm.nn.cache import KeyValueCache
 from megalm.nn.documents import Documents, find_documents
 from megalm.ops.dropout import DropoutAddress, row_spans
 from megalm.ops.kernels import Kernels
@@ -31,6 +32,8 @@ class Microbatch:
     """The same for all tokens."""
     documents: Documents | None = None
     """What attends to what, and the positions, where rows hold several documents."""
+    cache: KeyValueCache | None = None
+    """In generation: keys and values of the rows' tokens so far, and where the tokens of this forward stand."""
 
     def drops(self, p: float) -> bool:
         """Whether dropout of this probability does anything: not in evaluation."""
@@ -78,6 +81,7 @@ def make_microbatch(
     seed: int = 0,
     step: int = 0,
     slots: Sequence[int] | None = None,
+    cache: KeyValueCache | None = None,
 ) -> Microbatch:
     """Describe a batch; ``slots`` (a place in the step's global batch for each sample) turns dropout on."""
     rows, length = tensors["tokens"].shape
@@ -91,4 +95,4 @@ def make_microbatch(
         full = DropoutAddress(seed, step, row_spans(slots, length, 0, rows * length, views=views))
     numbers = tensors.get("documents")
     documents = None if numbers is None else find_documents(numbers)
-    return Microbatch(tensors, rows, length, shard, address, full, documents)
+    return Microbatch(tensors, rows, length, shard, address, full, documents, cache)

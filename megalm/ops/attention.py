@@ -35,6 +35,21 @@ def attention(
     return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=mask, is_causal=causal)
 
 
+def grouped_attention(
+    q_BNSD: torch.Tensor, k_BMKD: torch.Tensor, v_BMKD: torch.Tensor, mask_BSK: torch.Tensor
+) -> torch.Tensor:
+    """The same for some queries and the keys of all positions so far, without a copy of the keys for each query head:
+    head n reads key/value head n * M / N. ``mask_BSK`` is true where a query may attend to a key.
+
+    Query heads that share keys stand as further queries of one head.
+    """
+    (batch, heads, length, dim), groups = q_BNSD.shape, k_BMKD.shape[1]
+    together = q_BNSD.reshape(batch, groups, heads // groups * length, dim)
+    mask = mask_BSK[:, None].repeat(1, 1, heads // groups, 1)
+    mixed = F.scaled_dot_product_attention(together, k_BMKD, v_BMKD, attn_mask=mask)
+    return mixed.reshape(batch, heads, length, dim)
+
+
 def attention_with_dropout(
     q_BNSD: torch.Tensor,
     k_BNSD: torch.Tensor,

@@ -7,18 +7,50 @@ but the angles is kept for the backward.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """Frequencies stretched for texts ``factor`` times longer. ``linear``: all of them. ``llama3``: waves longer than
+    ``original / low``; those shorter than ``original / high`` are left alone, those between are mixed. (Dubey et al.,
+    "The Llama 3 herd of models", 2024.)
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 1
+    """Positions before stretching."""
+
+    def scaled(self, frequencies: torch.Tensor) -> torch.Tensor:
+        """The stretched frequencies, in radians a position."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        waves = 2 * math.pi / frequencies
+        share = ((self.original / waves - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+        return (1 - share) * frequencies / self.factor + share * frequencies
+
+
 def rope_angles(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each (positions, head_dim / 2), computed in float64 or float32 and returned as ``dtype``."""
+    """Cosines and sines, each (positions, head_dim / 2), computed in float64 or float32 and returned as ``dtype``.
+
+    An angle is its position times a rounded frequency, as in every implementation that models were trained with: at
+    far positions another order of operations turns by something else.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, head_dim, 2, device=positions.device).to(wide) / head_dim
-    angles = positions.to(wide)[:, None] / theta**exponents
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = scaling.scaled(frequencies)
+    angles = positions.to(wide)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

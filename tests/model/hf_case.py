@@ -7,6 +7,7 @@ or torch's SDPA in those places; float32 runs it as is, with its eager attention
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ CAUSAL = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "mistral": ("MistralConfig", "MistralForCausalLM"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+}
+ENCODERS = {
+    "bert": ("BertConfig", "BertForPreTraining"),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM"),
 }
 
 
@@ -48,8 +54,13 @@ class Case:
         return str(self.hf.config.model_type)
 
     @property
+    def encoder(self) -> bool:
+        """Masked tokens, and for BERT the next sentence; otherwise next-token prediction."""
+        return self.family in ENCODERS
+
+    @property
     def pretraining(self) -> bool:
-        """BERT with both of its objectives; otherwise next-token prediction."""
+        """BERT with both of its objectives."""
         return self.family == "bert"
 
     def spec(self) -> ModelSpec:
@@ -64,7 +75,7 @@ class Case:
             ffn_size=c.ffn_size or 4 * c.hidden_size,
             max_positions=c.max_positions or 1,
             token_types=c.token_types,
-            causal=not self.pretraining,
+            causal=not self.encoder,
             lm_head=True,
             heads=(HeadSpec("nsp", 2, pooled=True),) if self.pretraining else (),
         )
@@ -75,7 +86,7 @@ def make_case(family: str, seed: int, dtype: torch.dtype = torch.float64, **sett
     import transformers
 
     torch.manual_seed(seed)
-    names = ("BertConfig", "BertForPreTraining") if family == "bert" else CAUSAL[family]
+    names = (CAUSAL | ENCODERS)[family]
     kernel = "sdpa" if dtype == torch.float64 else "eager"
     config = getattr(transformers, names[0])(**settings, attn_implementation=kernel)
     hf = getattr(transformers, names[1])(config).eval()
@@ -86,7 +97,7 @@ def make_case(family: str, seed: int, dtype: torch.dtype = torch.float64, **sett
         for name, parameter in hf.named_parameters():
             centre = 1.0 if "norm" in name.lower().rsplit(".", 2)[-2] or "ln_" in name else 0.0
             parameter.normal_(centre if name.endswith("weight") else 0.0, 0.2)
-    return Case(hf, _batch(config, random.Random(seed), family == "bert"))
+    return Case(hf, _batch(config, random.Random(seed), family in ENCODERS))
 
 
 def _keep_float64(hf: Any) -> None:
@@ -95,9 +106,7 @@ def _keep_float64(hf: Any) -> None:
             eps = module.variance_epsilon
             module.forward = lambda x, m=module, eps=eps: F.rms_norm(x, m.weight.shape, m.weight, eps)
         if type(module).__name__.endswith("RotaryEmbedding"):
-            size = 2 * len(module.inv_freq)
-            base = module.config.rope_parameters["rope_theta"]
-            frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            frequencies = _frequencies(2 * len(module.inv_freq), module.config.rope_parameters)
 
             def angles(x: torch.Tensor, position_ids: torch.Tensor, f: torch.Tensor = frequencies) -> Any:
                 turns = (position_ids[..., None].double() * f).repeat(1, 1, 2)
@@ -106,10 +115,31 @@ def _keep_float64(hf: Any) -> None:
             module.forward = angles
 
 
-def _batch(config: Any, draw: random.Random, pretraining: bool) -> Tensors:
+def _frequencies(size: int, rope: dict[str, Any]) -> torch.Tensor:
+    """Rotary frequencies one by one, as the papers have them."""
+    found = []
+    for feature in range(0, size, 2):
+        frequency = rope["rope_theta"] ** (-feature / size)
+        if rope["rope_type"] == "linear":
+            frequency /= rope["factor"]
+        elif rope["rope_type"] == "llama3":
+            turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if turns < low:
+                frequency /= rope["factor"]
+            elif turns <= high:
+                keep = (turns - low) / (high - low)
+                frequency = (1 - keep) * frequency / rope["factor"] + keep * frequency
+        found.append(frequency)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _batch(config: Any, draw: random.Random, encoder: bool) -> Tensors:
     rows, length = draw.choice([1, 2, 3]), 2 * draw.randint(3, 9)
     tokens = torch.randint(config.vocab_size, (rows, length))
-    if not pretraining:
+    if config.model_type == "roberta":  # whose positions count what is no padding
+        tokens[tokens == config.pad_token_id] += 1
+    if not encoder:
         labels = F.pad(tokens, (0, 1), value=IGNORE)[:, 1:].clone()
         labels[0, draw.randrange(length - 2)] = IGNORE
         return {"tokens": tokens, "labels": labels}
@@ -136,6 +166,10 @@ def hf_results(case: Case) -> Tensors:
         loss = F.cross_entropy(logits.flatten(0, 1), b["labels"].flatten(), ignore_index=IGNORE)
         loss = loss + F.cross_entropy(nsp, b["next_label"])
         results = {"logits": logits, "nsp": nsp}
+    elif case.encoder:
+        logits = hf(b["tokens"], attention_mask=b["attention_mask"].long(), token_type_ids=b["token_types"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), b["labels"].flatten(), ignore_index=IGNORE)
+        results = {"logits": logits}
     else:
         logits = hf(b["tokens"]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), b["labels"].flatten(), ignore_index=IGNORE)
@@ -157,7 +191,7 @@ def megalm_results(case: Case, parallel: ParallelContext) -> Tensors:
     batch = make_microbatch(b, parallel)
     hidden, ctx = model(batch), model.context(batch)
     scored = b["labels"] != IGNORE
-    loss = ctx.lm_loss(hidden, b["labels"], where=scored if case.pretraining else None).sum() / scored.sum()
+    loss = ctx.lm_loss(hidden, b["labels"], where=scored if case.encoder else None).sum() / scored.sum()
     results = {}
     if case.pretraining:
         results["nsp"] = ctx.head("nsp", ctx.pick(hidden, 0))

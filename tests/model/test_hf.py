@@ -44,6 +44,15 @@ BERT = {
     # transformers gives the embedding of its padding token no gradient; random tokens would meet it.
     "pad_token_id": None,
 }
+ROBERTA = {**BERT, "type_vocab_size": 1, "pad_token_id": 1}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", {**GPT2, "tie_word_embeddings": False, "n_inner": 33, "activation_function": "gelu"}),
@@ -55,6 +64,12 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("mistral", {**LLAMA, "sliding_window": None, "num_key_value_heads": 1}),
     "qwen2": ("qwen2", LLAMA),
+    "llama-linear": ("llama", {**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 90.0, "factor": 3.0}}),
+    "llama3": ("llama", {**LLAMA, "head_dim": 16, "rope_parameters": LLAMA3}),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3-biases": ("qwen3", {**LLAMA, "head_dim": 6, "attention_bias": True, "num_key_value_heads": 1}),
+    "roberta": ("roberta", ROBERTA),
+    "roberta-untied": ("roberta", {**ROBERTA, "tie_word_embeddings": False, "pad_token_id": 4}),
     "bert": ("bert", BERT),
     "bert-untied": ("bert", {**BERT, "tie_word_embeddings": False, "hidden_act": "gelu_new", "type_vocab_size": 3}),
 }
@@ -64,7 +79,7 @@ def drawn(seed: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Families and sizes that nobody chose."""
     draw = random.Random(seed)
     for _ in range(count):
-        family = draw.choice(["gpt2", "llama", "mistral", "bert"])
+        family = draw.choice(["gpt2", "llama", "mistral", "qwen3", "bert", "roberta"])
         kv, layers, vocab = draw.randint(1, 3), draw.randint(1, 3), draw.randint(7, 70)
         heads, inner = kv * draw.randint(1, 3), draw.randint(5, 60)
         heads = max(heads, 2)
@@ -76,10 +91,11 @@ def drawn(seed: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
         sizes |= {"intermediate_size": inner, "tie_word_embeddings": tied}
-        if family == "bert":
-            yield family, {**BERT, **sizes}
+        if family in ("bert", "roberta"):
+            yield family, {**(BERT if family == "bert" else ROBERTA), **sizes}
         else:
-            yield family, {**LLAMA, **sizes, "num_key_value_heads": kv, "sliding_window": None}
+            sizes |= {"num_key_value_heads": kv, "head_dim": width // heads}
+            yield family, {**LLAMA, **sizes, "sliding_window": None}
 
 
 def compare(found: Tensors, expected: Tensors, *, atol: float, rtol: float, label: str) -> None:
@@ -121,7 +137,7 @@ def test_loss_is_the_one_that_transformers_returns(name: str) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["gpt2", "llama-tied-biases", "mistral", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied-biases", "mistral", "qwen3", "qwen3-biases", "roberta", "bert"])
 def test_two_ranks_with_sequence_parallelism_equal_transformers(name: str) -> None:
     family, settings = NAMED[name]
     case = make_case(family, 4, **settings)
@@ -161,5 +177,6 @@ def test_spec_counts_what_transformers_counts() -> None:
     for name, (family, settings) in NAMED.items():
         case: Case = make_case(family, 6, **settings)
         spec: ModelSpec = case.spec()
-        dead = settings["vocab_size"] if name == "bert-untied" else 0  # transformers' second bias, which nothing reads
+        # transformers' second bias, which nothing reads
+        dead = settings["vocab_size"] if name in ("bert-untied", "roberta-untied") else 0
         assert spec.parameter_count() == sum(p.numel() for p in case.hf.parameters()) - dead, name

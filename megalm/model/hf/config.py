@@ -22,6 +22,16 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """Hugging Face names and megalm's."""
+ROPE_SCALING = {
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_frequency_factor",
+        "high_freq_factor": "rope_high_frequency_factor",
+        "original_max_position_embeddings": "rope_original_positions",
+    },
+}
+"""For each kind of stretched rotary frequencies, Hugging Face's keys and megalm's."""
 _REQUIRED = object()
 
 
@@ -55,19 +65,41 @@ class _Reader:
             return None
         return ACTIVATIONS[value]
 
-    def rope_theta(self) -> Any:
-        """Base of the rotary frequencies: ``rope_parameters`` (new), or ``rope_theta`` and ``rope_scaling`` (old)."""
+    def rope(self) -> dict[str, Any]:
+        """Keys of rotary positions, from ``rope_parameters`` (new), or ``rope_theta`` and ``rope_scaling`` (old)."""
+        found: dict[str, Any] = {"rope_scaling": "none"}
         for key in ("rope_parameters", "rope_scaling"):
             table = self.config.get(key) or {}
             kind = table.get("rope_type", table.get("type", "default"))
-            if kind != "default":
-                self.problems.append(f"{key}.rope_type = {kind!r} is not supported; megalm computes 'default'")
+            if kind in ROPE_SCALING:
+                found |= self._scaling(key, kind, table)
+            elif kind != "default":
+                known = ", ".join(map(repr, ("default", *ROPE_SCALING)))
+                self.problems.append(f"{key}.rope_type = {kind!r} is not supported; megalm computes {known}")
             share = table.get("partial_rotary_factor", 1.0)
             if share != 1.0:
                 self.problems.append(f"{key}.partial_rotary_factor = {share!r} is not supported; megalm computes 1.0")
         self.must_be("partial_rotary_factor", 1.0)
         nested = self.config.get("rope_parameters") or {}
-        return float(nested.get("rope_theta", self.get("rope_theta", 10000.0)))
+        return {**found, "rope_theta": float(nested.get("rope_theta", self.get("rope_theta", 10000.0)))}
+
+    def _scaling(self, key: str, kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"rope_scaling": kind}
+        for theirs, ours in ROPE_SCALING[kind].items():
+            if theirs not in table:
+                self.problems.append(f"{key}.{theirs}: missing, and rope_type = {kind!r} needs it")
+            else:
+                found[ours] = table[theirs]
+        return found
+
+    def no_window(self, window: Any) -> None:
+        """A sliding window is none where it is as long as the longest text."""
+        longest = self.config.get("max_position_embeddings")
+        if window is not None and (longest is None or window < longest):
+            self.problems.append(
+                f"sliding_window = {window!r} is not supported where max_position_embeddings = {longest!r}; megalm "
+                "computes None"
+            )
 
 
 def _gpt2(r: _Reader) -> dict[str, Any]:
@@ -112,9 +144,17 @@ def _gpt2(r: _Reader) -> dict[str, Any]:
 
 
 def _llama_like(
-    r: _Reader, *, qkv_bias: bool, out_bias: bool, mlp_bias: bool, kv_heads: int | None = None
+    r: _Reader,
+    *,
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    qk_norm: bool = False,
 ) -> dict[str, Any]:
-    """``kv_heads``: what transformers takes where the file does not say; none is as many as query heads."""
+    """``kv_heads``, ``head_dim``: what transformers takes where the file does not say; none is as many as query heads,
+    and an equal share of the hidden size."""
     r.must_be("pretraining_tp", 1)
     layers = r.get("layer_types", None) or []
     if other := sorted(set(layers) - {"full_attention"}):
@@ -125,11 +165,13 @@ def _llama_like(
         "hidden_size": r.get("hidden_size"),
         "heads": r.get("num_attention_heads"),
         "kv_heads": r.get("num_key_value_heads", kv_heads),
-        "head_dim": r.get("head_dim", None),
+        "head_dim": r.get("head_dim", head_dim),
         "ffn_size": r.get("intermediate_size"),
         "vocab_size": r.get("vocab_size"),
+        "max_positions": r.get("max_position_embeddings", None),
         "norm_eps": r.get("rms_norm_eps", 1e-6),
-        "rope_theta": r.rope_theta(),
+        **r.rope(),
+        "qk_norm": qk_norm,
         "activation": r.activation("hidden_act", "silu"),
         "tie_embeddings": r.get("tie_word_embeddings", False),
         "attention_dropout": r.get("attention_dropout", 0.0),
@@ -153,12 +195,12 @@ def _llama_like(
 
 def _llama(r: _Reader) -> dict[str, Any]:
     bias = r.get("attention_bias", False)
-    r.must_be("sliding_window", None)
+    r.no_window(r.get("sliding_window", None))
     return _llama_like(r, qkv_bias=bias, out_bias=bias, mlp_bias=r.get("mlp_bias", False))
 
 
 def _mistral(r: _Reader) -> dict[str, Any]:
-    r.must_be("sliding_window", None, default=4096)
+    r.no_window(r.get("sliding_window", 4096))
     return _llama_like(r, qkv_bias=False, out_bias=False, mlp_bias=False, kv_heads=8)
 
 
@@ -167,12 +209,32 @@ def _qwen2(r: _Reader) -> dict[str, Any]:
     return _llama_like(r, qkv_bias=True, out_bias=False, mlp_bias=False, kv_heads=32)
 
 
+def _qwen3(r: _Reader) -> dict[str, Any]:
+    r.must_be("use_sliding_window", False)
+    bias = r.get("attention_bias", False)
+    return _llama_like(
+        r, qkv_bias=bias, out_bias=bias, mlp_bias=False, kv_heads=32, head_dim=128, qk_norm=True
+    )
+
+
+def _roberta(r: _Reader) -> dict[str, Any]:
+    """Positions begin after the padding token's id: that row of the table is the padding's."""
+    pad = r.get("pad_token_id", 1)
+    if not isinstance(pad, int):
+        r.problems.append(f"pad_token_id = {pad!r} is not supported: RoBERTa's positions begin after it")
+        pad = 1
+    # Its language-modelling head has GELU whatever the layers have.
+    r.must_be("hidden_act", "gelu")
+    return {**_bert(r), "position_offset": pad + 1}
+
+
 def _bert(r: _Reader) -> dict[str, Any]:
     r.must_be("is_decoder", False)
     r.must_be("add_cross_attention", False)
     r.must_be("position_embedding_type", "absolute")
     return {
         "architecture": "bert",
+        "position_offset": 0,
         "layers": r.get("num_hidden_layers"),
         "hidden_size": r.get("hidden_size"),
         "heads": r.get("num_attention_heads"),
@@ -206,7 +268,9 @@ _FAMILIES: dict[str, Callable[[_Reader], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
+    "qwen3": _qwen3,
     "bert": _bert,
+    "roberta": _roberta,
 }
 MODEL_TYPES = tuple(_FAMILIES)
 """Values of ``model_type`` that can be mapped."""

@@ -113,15 +113,16 @@ class TensorMap:
         return None
 
 
-def tensor_map(model_type: str, spec: ModelSpec) -> TensorMap:
+def tensor_map(model_type: str, spec: ModelSpec, *, pooler: bool | None = None) -> TensorMap:
     """The map of a family (``model_type`` of ``config.json``) for a model of these sizes.
 
-    CheckpointError where the family is unknown.
+    ``pooler``: whether an encoder has one; default: where a head of the model stands on it. CheckpointError where the
+    family is unknown.
     """
     if model_type == "gpt2":
         return _gpt2(spec)
-    if model_type == "bert":
-        return _bert(spec)
+    if model_type in ("bert", "roberta"):
+        return _bert(spec, model_type, any(head.pooled for head in spec.heads) if pooler is None else pooler)
     if model_type in MODEL_TYPES:
         return _llama(spec)
     raise CheckpointError(f"model_type = {model_type!r} is not supported; expected one of {', '.join(MODEL_TYPES)}")
@@ -188,6 +189,10 @@ def _llama(spec: ModelSpec) -> TensorMap:
         out.norm(f"{hf}.input_layernorm", f"{name}.attention_norm", h, bias=False)
         for part, rows in (("q", q), ("k", kv), ("v", kv)):
             out.linear(f"{hf}.self_attn.{part}_proj", (f"{name}.attention.{part}",), (rows,), h, bias=c.qkv_bias)
+            if c.qk_norm and part != "v":
+                out.one(
+                    f"{hf}.self_attn.{part}_norm.weight", f"{name}.attention.{part}_norm.weight", (spec.head_dim,)
+                )
         out.linear(f"{hf}.self_attn.o_proj", (f"{name}.attention.out",), (h,), q, bias=c.attention_bias)
         out.norm(f"{hf}.post_attention_layernorm", f"{name}.mlp_norm", h, bias=False)
         for part in ("gate", "up"):
@@ -210,15 +215,48 @@ def _with_lm_head(
     return TensorMap(tuple(out), prefix, {}, (*unused, re.escape(head)))
 
 
-def _bert(spec: ModelSpec) -> TensorMap:
+@dataclass(frozen=True)
+class _EncoderHead:
+    """What a family of encoders calls the parts of its language-modelling head."""
+
+    dense: str
+    norm: str
+    matrix: str
+    bias: str
+    second_bias: str
+    everything: str
+    """A pattern."""
+
+
+_ENCODER_HEADS = {
+    "bert": _EncoderHead(
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.decoder.weight",
+        "cls.predictions.bias",
+        "cls.predictions.decoder.bias",
+        r"cls\.predictions\..*",
+    ),
+    "roberta": _EncoderHead(
+        "lm_head.dense",
+        "lm_head.layer_norm",
+        "lm_head.decoder.weight",
+        "lm_head.bias",
+        "lm_head.decoder.bias",
+        r"lm_head\..*",
+    ),
+}
+
+
+def _bert(spec: ModelSpec, family: str, pooler: bool) -> TensorMap:
     c, h, inner, out = spec.cfg, spec.cfg.hidden_size, spec.ffn_size, _Entries()
-    embeddings, tokens = "bert.embeddings", "bert.embeddings.word_embeddings.weight"
+    embeddings, tokens = f"{family}.embeddings", f"{family}.embeddings.word_embeddings.weight"
     out.one(tokens, "backbone.embedding.tokens.weight", (spec.vocab_size, h))
     out.one(f"{embeddings}.position_embeddings.weight", "backbone.embedding.positions.weight", (spec.max_positions, h))
     out.one(f"{embeddings}.token_type_embeddings.weight", "backbone.embedding.types.weight", (spec.token_types, h))
     out.norm(f"{embeddings}.LayerNorm", "backbone.embedding.norm", h)
     for n in range(c.layers):
-        hf, name = f"bert.encoder.layer.{n}", f"backbone.layers.{n}"
+        hf, name = f"{family}.encoder.layer.{n}", f"backbone.layers.{n}"
         for part, word in (("q", "query"), ("k", "key"), ("v", "value")):
             out.linear(f"{hf}.attention.self.{word}", (f"{name}.attention.{part}",), (h,), h, bias=True)
         out.linear(f"{hf}.attention.output.dense", (f"{name}.attention.out",), (h,), h, bias=True)
@@ -226,29 +264,30 @@ def _bert(spec: ModelSpec) -> TensorMap:
         out.linear(f"{hf}.intermediate.dense", (f"{name}.mlp.up",), (inner,), h, bias=True)
         out.linear(f"{hf}.output.dense", (f"{name}.mlp.down",), (h,), inner, bias=True)
         out.norm(f"{hf}.output.LayerNorm", f"{name}.mlp_norm", h)
-    unused = [r"bert\.embeddings\.position_ids"]
+    unused = [rf"{family}\.embeddings\.(position|token_type)_ids"]
     tied: dict[str, str] = {}
-    matrix, bias, second = "cls.predictions.decoder.weight", "cls.predictions.bias", "cls.predictions.decoder.bias"
+    head = _ENCODER_HEADS[family]
     if spec.lm_head:
-        out.linear("cls.predictions.transform.dense", ("lm_head.transform.dense",), (h,), h, bias=True)
-        out.norm("cls.predictions.transform.LayerNorm", "lm_head.transform.norm", h)
+        out.linear(head.dense, ("lm_head.transform.dense",), (h,), h, bias=True)
+        out.norm(head.norm, "lm_head.transform.norm", h)
+        bias, second = head.bias, head.second_bias
         if c.tie_embeddings:
-            tied = {matrix: tokens, second: bias}
+            tied = {head.matrix: tokens, second: bias}
         else:
             # Untied, transformers adds the decoder's own bias and never reads the other.
-            out.one(matrix, "lm_head.weight", (spec.vocab_size, h))
+            out.one(head.matrix, "lm_head.weight", (spec.vocab_size, h))
             bias, second = second, bias
             unused.append(re.escape(second))
         out.one(bias, "lm_head.bias", (spec.vocab_size,))
     else:
-        unused.append(r"cls\.predictions\..*")
-    heads = {head.name: head for head in spec.heads}
-    if any(head.pooled for head in spec.heads):
-        out.linear("bert.pooler.dense", ("classifiers.pooler",), (h,), h, bias=True)
+        unused.append(head.everything)
+    if pooler:
+        out.linear(f"{family}.pooler.dense", ("classifiers.pooler",), (h,), h, bias=True)
     else:
-        unused.append(r"bert\.pooler\.dense\..*")
-    if "nsp" in heads:
-        out.linear("cls.seq_relationship", ("classifiers.heads.nsp",), (heads["nsp"].outputs,), h, bias=True)
+        unused.append(rf"{family}\.pooler\.dense\..*")
+    outputs = {each.name: each.outputs for each in spec.heads}
+    if "nsp" in outputs:
+        out.linear("cls.seq_relationship", ("classifiers.heads.nsp",), (outputs["nsp"],), h, bias=True)
     else:
         unused.append(r"cls\.seq_relationship\..*")
-    return TensorMap(tuple(out), "bert.", tied, tuple(unused))
+    return TensorMap(tuple(out), f"{family}.", tied, tuple(unused))
