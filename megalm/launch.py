@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from megalm.errors import ConfigError, Preempted, UsageError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megalm.train.prepare import Prepared
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,21 +51,35 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns the exit status."""
-    _end_with_launcher()
+    end_with_launcher()
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "-h" in arguments or "--help" in arguments:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             parse_arguments(arguments)
         return 0
-    from megalm.parallel.bootstrap import Place, Rendezvous, RendezvousError
+    from megalm.parallel.bootstrap import Place, Rendezvous
 
-    place = Place.from_environment()
-    rendezvous = Rendezvous(place)
+    rendezvous = Rendezvous(Place.from_environment())
+
+    def prepare() -> tuple[Prepared, dict[str, Any]]:
+        prepared = _prepare(arguments, rendezvous.place)
+        return prepared, prepared.facts()
+
+    return _train(prepare_together(rendezvous, prepare), rendezvous)
+
+
+def prepare_together(rendezvous: Rendezvous, prepare: Callable[[], tuple[T, dict[str, Any]]]) -> T:
+    """Call ``prepare`` on every rank; its value, where each rank has one and they agree on the facts (JSON) beside it.
+
+    Otherwise every rank exits, after one message a host.
+    """
+    from megalm.parallel.bootstrap import RendezvousError
+
     report: dict[str, Any] = {}
-    prepared = None
+    prepared: list[T] = []
     try:
-        prepared = _prepare(arguments, place)
-        report["facts"] = prepared.facts()
+        value, report["facts"] = prepare()
+        prepared.append(value)
     except UsageError as error:
         report["error"], report["status"] = f"megalm: {_text(error)}", USAGE_ERROR
     except Exception:
@@ -73,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports = rendezvous.exchange("prepared", report)
     except RendezvousError as error:
         print(f"megalm: {error}", file=sys.stderr)
-        return FAILURE
-    status = _tell(reports, place)
-    if status or prepared is None:
+        raise SystemExit(FAILURE) from error
+    status = _tell(reports, rendezvous.place)
+    if status or not prepared:
         _leave_together(rendezvous, status)
-    return _train(prepared, rendezvous)
+    return prepared[0]
 
 
 def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
@@ -92,7 +107,7 @@ def _prepare(arguments: Sequence[str], place: Place) -> Prepared:
     manager = PluginManager.for_launch(only)
     try:
         resolved = load_config(options.config, options.set, manager)
-        device = _device(resolved.config.launch.device, place)
+        device = choose_device(resolved.config.launch.device, place)
         prepared = prepare_run(resolved, manager, place.world_size, "cuda" if device.type == "cuda" else "cpu")
     except UsageError as error:
         for line in absent_plugins(options.config, options.set, manager):
@@ -137,7 +152,7 @@ def _disagreements(facts: list[dict[str, Any]]) -> list[str]:
     return []
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """Ask the kernel to end this rank with torchrun: torchrun gives ranks a session of their own, so whoever kills it
     would leave them training.
     """
@@ -164,11 +179,11 @@ def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
     from megalm.train.trainer import Trainer
 
     config, place = prepared.resolved.config, rendezvous.place
-    device = _device(config.launch.device, place)
+    device = choose_device(config.launch.device, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     threads = config.launch.threads
-    torch.set_num_threads(_threads(place) if threads == "auto" else threads)
+    torch.set_num_threads(default_threads(place) if threads == "auto" else threads)
     layout = config.parallel
 
     def train(parallel: ParallelContext) -> None:
@@ -251,7 +266,8 @@ def run_rank(
     return status
 
 
-def _device(wanted: str, place: Place) -> torch.device:
+def choose_device(wanted: str, place: Place) -> torch.device:
+    """The device of a rank: ``auto`` takes CUDA where there is any. ConfigError where there are fewer than ranks."""
     import torch
 
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
@@ -265,7 +281,8 @@ def _device(wanted: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def _threads(place: Place) -> int:
+def default_threads(place: Place) -> int:
+    """This rank's share of the host's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // place.local_world_size)
 

@@ -14,6 +14,7 @@ import typer
 from megalm.cli.check_plugin import check_plugin
 from megalm.cli.config import config
 from megalm.cli.doctor import doctor
+from megalm.cli.generate import generate
 from megalm.cli.lazy import lazy_group
 from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
@@ -36,6 +37,7 @@ app.command()(config)
 app.command()(plan)
 app.command()(schedule)
 app.command()(doctor)
+app.command()(generate)
 app.add_typer(
     typer.Typer(
         name="data",
@@ -45,6 +47,19 @@ app.add_typer(
         rich_markup_mode=None,
     )
 )
+for verb, summary in (
+    ("import", "Make a checkpoint of a model from elsewhere."),
+    ("export", "Write a checkpoint as others read it."),
+):
+    app.add_typer(
+        typer.Typer(
+            name=verb,
+            cls=lazy_group(f"megalm.cli.{verb}_model"),
+            help=summary,
+            no_args_is_help=True,
+            rich_markup_mode=None,
+        )
+    )
 
 
 def show_error(error: UsageError) -> None:

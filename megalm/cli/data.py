@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megalm.cli.options import Overrides, Plugins, names
+from megalm.cli.options import Overrides, Overwrite, Plugins, names
 from megalm.cli.show_progress import show_progress
 from megalm.data.reading.options import DOCUMENTS, MAX_DOCUMENT
 from megalm.data.tokenizer import Resolve, tokenizer_from_spec
@@ -43,7 +43,6 @@ Cut = Annotated[
 TextKey = Annotated[
     str, typer.Option("--text-key", metavar="KEY", help="Key of the text in rows of JSONL, column of Parquet.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by megalm data prepare.")]
 Prefix = Annotated[

@@ -13,6 +13,16 @@ Plugins = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value; may be repeated.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Write without comparing with transformers, which need not be there then.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance", min=0.0, help="Largest difference, as a share of the largest value; default: 1e-5."
+    ),
+]
 
 
 def names(text: str | None) -> list[str] | None:

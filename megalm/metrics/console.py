@@ -24,6 +24,15 @@ SPEED_WINDOW = 50
 """Steps over which the pace, and so the time left, is measured."""
 
 
+def showable(text: str, encoding: str) -> str:
+    """Text without control characters, which a model may generate, and in what the output can encode."""
+    clean = "".join(
+        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
+    return clean.encode(encoding, errors="replace").decode(encoding)
+
+
 class ConsoleLike(Protocol):
     """What the training loop calls. ``metrics`` are records as in metrics.jsonl, without ``step``."""
 
@@ -204,11 +213,7 @@ class Console:
 
     def _showable(self, text: str) -> str:
         """``text`` without control characters, which a model may generate, and in what the output can encode."""
-        clean = "".join(
-            c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
-            for c in text
-        )
-        return clean.encode(self._rich.encoding, errors="replace").decode(self._rich.encoding)
+        return showable(text, self._rich.encoding)
 
     def _view(self) -> Group:
         left = duration(self._seconds_left(self._pace[-1][1])) if self._pace else "-"

@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
         return None if self.backbone.embedding is None else self.backbone.embedding.tokens
 
     def logits(self, batch: Microbatch, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Whole logits (rows, V) of one place of each row (rows,), from what the last stage gives; without gradients."""
+        """Whole logits (rows, V) of a place of each row (rows,), from what the last stage gives; without gradients."""
         if self.lm_head is None:
             raise ValueError("this model has no language-modelling head")
         picked = self.context(batch).take(hidden, places[:, None])[:, 0]

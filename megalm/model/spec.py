@@ -148,19 +148,27 @@ def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[st
             f"{t.micro_batch} * {dp} = {t.micro_batch * dp}"
         )
     problems += _cell_problems(config, spec, dp)
-    for name, size in (
-        ("model.heads", spec.cfg.heads),
-        ("the MLP's inner size (model.ffn_size)", spec.ffn_size),
-        ("the vocabulary (model.vocab_size)", spec.vocab_size),
-    ):
-        if size < p.tp:
-            problems.append(f"parallel.tp = {p.tp} is more than {name} = {size}: some ranks would hold nothing")
+    problems += tensor_parallel_problems(spec, p.tp)
     if p.sp and t.sequence_length % p.tp:
         problems.append(
             f"parallel.sp divides a row's tokens over parallel.tp = {p.tp}, "
             f"which does not divide train.sequence_length = {t.sequence_length}"
         )
     return problems
+
+
+def tensor_parallel_problems(spec: ModelSpec, tp: int) -> list[str]:
+    """Why this model cannot be divided over so many tensor-parallel ranks; empty where it can."""
+    sizes = {
+        "model.heads": spec.cfg.heads,
+        "the MLP's inner size (model.ffn_size)": spec.ffn_size,
+        "the vocabulary (model.vocab_size)": spec.vocab_size,
+    }
+    return [
+        f"parallel.tp = {tp} is more than {name} = {size}: some ranks would hold nothing"
+        for name, size in sizes.items()
+        if size < tp
+    ]
 
 
 def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:

@@ -1,11 +1,11 @@
 """Keys and values of tokens that were computed before, for generation.
 
-A row's token stands in the cache at its position in the row, whatever the other rows are: prompts of unequal length are
-padded behind their end, and what follows overwrites the padding. So a row's positions, and with them its numbers, do not
-depend on the batch that it is in.
+A row's token stands in the cache at its position in the row, whatever the other rows are: prompts of unequal length
+are padded behind their end, and what follows overwrites the padding. So a row's positions do not depend on the batch
+that it is in.
 
-Each layer's keys and values are those of the heads that this rank holds, and layers appear when they are first computed:
-any division of heads and layers over ranks is served alike.
+Each layer's keys and values are those of the heads that this rank holds, and layers appear when they are first
+computed: any division of heads and layers over ranks is served alike.
 """
 
 from __future__ import annotations

@@ -63,8 +63,11 @@ def logical_pieces(model: nn.Module, parallel: ParallelContext) -> Iterator[tupl
         yield name, parameter, pieces(name, declared[name], parameter.detach(), parallel.indices)
 
 
-def materialise(model: nn.Module, parallel: ParallelContext, seed: int, dtype: torch.dtype) -> None:
-    """Allocate every parameter on the context's device and fill it with its slice of the initial values."""
+def materialise(model: nn.Module, parallel: ParallelContext, seed: int | None, dtype: torch.dtype) -> None:
+    """Allocate every parameter on the context's device and fill it with its slice of the initial values.
+
+    Without a ``seed`` nothing is filled in: the values are about to be read from somewhere.
+    """
     declared = layouts(model)
     for prefix, module in model.named_modules():
         for name, meta in list(module.named_parameters(recurse=False)):
@@ -78,8 +81,9 @@ def materialise(model: nn.Module, parallel: ParallelContext, seed: int, dtype: t
                     f"{full_name}: this rank's part {list(meta.shape)} takes {size:,} bytes, which cannot be had on "
                     f"{parallel.device}; use a smaller model or a larger parallel.tp"
                 ) from error
-            for piece in pieces(full_name, layout, data, parallel.indices):
-                _fill(piece, layout.init, seed)
+            if seed is not None:
+                for piece in pieces(full_name, layout, data, parallel.indices):
+                    _fill(piece, layout.init, seed)
             setattr(module, name, nn.Parameter(data))
 
 

@@ -1,7 +1,7 @@
 """Text from a causal model, with keys and values kept, under any layout.
 
-A batch's prompts go through the model once, padded behind their ends; from then on each row adds one token a forward, at
-its own position. With a pipeline the rows are divided into as many groups as there are ranks, so that no stage waits
+A batch's prompts go through the model once, padded behind their ends; from then on each row adds one token a forward,
+at its own position. With a pipeline the rows are divided into as many groups as there are ranks, so that no stage waits
 for the group that another is at work on. The last stage chooses tokens and tells the other ranks.
 
 Where a row outgrows the context, the model sees its last tokens only, from position 0 on; then nothing that was kept is
@@ -18,6 +18,7 @@ import torch
 
 from megalm.errors import UsageError
 from megalm.model.language_model import LanguageModel
+from megalm.model.spec import ModelSpec
 from megalm.nn.cache import KeyValueCache
 from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.pipeline.plan import Pipeline
@@ -61,28 +62,35 @@ def generate(
     stop: Collection[int] = (),
     vocabulary: int | None = None,
     on_token: OnToken | None = None,
+    on_end: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """What follows each prompt (token ids, at least one): up to ``tokens`` tokens, less where a ``stop`` token comes.
 
-    Every rank calls it and gets the same. ``context``: the most tokens that the model is to see; ``batch``: prompts at a
-    time; ``vocabulary``: ids below it are drawn, by default all. ``pipeline``: the one that the model's stages were cut
-    for; default: one stage. ``on_token`` is called on every rank. UsageError where a prompt or the context does not fit.
+    Every rank calls it and gets the same. ``context``: the most tokens that the model is to see; ``batch``: prompts at
+    a time; ``vocabulary``: ids below it are drawn, by default all. ``pipeline``: the one that the model's stages were
+    cut for; default: one stage. ``on_token`` and ``on_end`` (number of the prompt) are called on every
+    rank. UsageError as :func:`check_prompts`.
     """
-    if not (model.spec.causal and model.spec.lm_head):
+    check_prompts(model.spec, prompts, context)
+    rows = [_Row(number, list(prompt)) for number, prompt in enumerate(prompts)]
+    run = _Run(model, pipeline, sampling, tokens, context, frozenset(stop), vocabulary, on_token, on_end)
+    for first in range(0, len(rows), batch):
+        run.all(rows[first : first + batch])
+    return [row.out for row in rows]
+
+
+def check_prompts(spec: ModelSpec, prompts: Sequence[Sequence[int]], context: int) -> None:
+    """UsageError where a model does not generate, or a prompt or the context does not fit it."""
+    if not (spec.causal and spec.lm_head):
         raise UsageError("only a causal model with a language-modelling head generates text")
-    limit = model.spec.max_positions - model.spec.cfg.position_offset
-    if model.spec.cfg.position == "learned" and context > limit:
+    limit = spec.max_positions - spec.cfg.position_offset
+    if spec.cfg.position == "learned" and context > limit:
         raise UsageError(f"a context of {context} tokens: this model's position embedding has {limit}")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UsageError(f"prompt {number} has no tokens; a model needs one to begin with")
-        if bad := [i for i in prompt if not 0 <= i < model.spec.vocab_size]:
-            raise UsageError(f"prompt {number} has the token {bad[0]}; the vocabulary has {model.spec.vocab_size}")
-    rows = [_Row(number, list(prompt)) for number, prompt in enumerate(prompts)]
-    run = _Run(model, pipeline, sampling, tokens, context, frozenset(stop), vocabulary, on_token)
-    for first in range(0, len(rows), batch):
-        run.all(rows[first : first + batch])
-    return [row.out for row in rows]
+        if bad := [i for i in prompt if not 0 <= i < spec.vocab_size]:
+            raise UsageError(f"prompt {number} has the token {bad[0]}; the vocabulary has {spec.vocab_size}")
 
 
 class _Group:
@@ -126,7 +134,9 @@ class _Run:
         stop: frozenset[int],
         vocabulary: int | None,
         on_token: OnToken | None,
+        on_end: Callable[[int], None] | None,
     ) -> None:
+        self.on_end = on_end
         self.model, self.pipeline, self.sampling = model, pipeline, sampling
         self.tokens, self.context, self.stop = tokens, context, stop
         self.vocabulary, self.on_token = vocabulary, on_token
@@ -166,7 +176,8 @@ class _Run:
             told.copy_(torch.tensor([token for place in range(len(groups)) for token in found[place]]))
         # Ranks that computed the same logits may have rounded them differently: one of them has the say.
         parallel.tp.broadcast(told)
-        chosen: list[int] = parallel.pp.broadcast(told, 0 if self.pipeline is None else self.pipeline.last_rank).tolist()
+        last = 0 if self.pipeline is None else self.pipeline.last_rank
+        chosen: list[int] = parallel.pp.broadcast(told, last).tolist()
         return chosen
 
     def take(self, row: _Row, token: int) -> None:
@@ -180,6 +191,8 @@ class _Run:
             row.out.ended = "length"
         if self.on_token is not None:
             self.on_token(row.number, token)
+        if row.out.ended is not None and self.on_end is not None:
+            self.on_end(row.number)
 
 
 def sample_text(

@@ -19,6 +19,8 @@ from megalm.errors import MegalmError, Preempted
 from megalm.metrics import jsonl
 from megalm.metrics.console import make_console
 from megalm.metrics.jsonl import MetricsFile
+from megalm.model.hf.origin import KEY as ORIGIN
+from megalm.model.hf.origin import Origin
 from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.module import materialise
 from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
@@ -83,6 +85,8 @@ class Trainer:
         )
         self.preemption = Preemption(kept.preemption_deadline, self._last_word)
         self.warnings: list[str] = []
+        self.inherited: dict[str, Any] = {}
+        """What a checkpoint remembers of where its model came from, and hands on."""
         self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
 
     def run(self) -> None:
@@ -299,6 +303,7 @@ class Trainer:
             "tokens": step * self.tokens_per_step,
             "stream": self.feed.state(step),
             **self._place(),
+            **self.inherited,
             "config": self.prepared.resolved.as_dict(),
             "callbacks": callbacks,
         }
@@ -317,10 +322,16 @@ class Trainer:
 
     def _load(self, start: Start) -> int:
         with phase("resume"):
-            allocate_optimizer_state(self.weights, self.optimizer)
-            whole = logical_shapes(self.prepared.spec)
-            load_state(start.folder, start.manifest, training_state(self.weights, self.optimizer, whole))
-            set_scalars(self.weights, self.optimizer, start.manifest.scalars)
+            manifest = start.manifest
+            origin = Origin.of(manifest.state)
+            self.inherited = {} if origin is None else {ORIGIN: manifest.state[ORIGIN]}
+            whole = {*logical_shapes(self.prepared.spec), *([] if origin is None else origin.extra)}
+            if manifest.step or manifest.optimizer:
+                allocate_optimizer_state(self.weights, self.optimizer)
+                load_state(start.folder, manifest, training_state(self.weights, self.optimizer, whole))
+                set_scalars(self.weights, self.optimizer, manifest.scalars)
+            else:  # weights from elsewhere, which no optimizer has moved yet
+                load_state(start.folder, manifest, training_state(self.weights, None, whole))
             self.weights.publish()
         self._skip_documents(start)
         before, now = start.manifest.state.get("layout"), self._place()["layout"]

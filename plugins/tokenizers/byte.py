@@ -71,7 +71,28 @@ class ByteTokenizer(Tokenizer):
     def lossless(self) -> bool:
         return True
 
+    def hf_json(self) -> str | None:
+        import tokenizers
+
+        # Byte-level BPE without merges: every byte is a token of its own.
+        characters = _byte_characters()
+        special = [f"<{name}>" for name in _NAMES]
+        vocabulary = {token: index for index, token in enumerate([*characters, *special])}
+        built = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+        built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        built.decoder = tokenizers.decoders.ByteLevel()
+        built.add_special_tokens(special)
+        return str(built.to_str())
+
     def token(self, index: int) -> str:
         if index >= 256:
             return f"<{_NAMES[index - 256]}>"
         return chr(index) if 32 <= index < 127 else f"<0x{index:02X}>"
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level tokenizers write for each byte: itself where it can be seen, else one from U+0100
+    on, in order."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return [chr(byte) if byte in seen else chr(256 + hidden.index(byte)) for byte in range(256)]

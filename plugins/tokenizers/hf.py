@@ -226,6 +226,9 @@ class HFTokenizer(Tokenizer):
             and all(character in vocabulary for character in pre_tokenizers.ByteLevel.alphabet())
         )
 
+    def hf_json(self) -> str | None:
+        return self._text
+
     def token(self, index: int) -> str:
         return self._hf.id_to_token(index) or f"<unused {index}>"
 

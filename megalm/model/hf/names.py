@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -67,16 +68,20 @@ class TensorMap:
     unused: tuple[str, ...] = ()
     """Patterns of names that are known and not read: buffers, and heads that this model does not have."""
 
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(entry.hf for entry in self.entries)
+
     def to_logical(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A whole Hugging Face state (or its gradients) under logical names.
 
         CheckpointError lists tensors that are missing, unexpected or of another shape, or tied ones that differ.
         """
-        known = {entry.hf for entry in self.entries}
+        known = self._known
         given: dict[str, torch.Tensor] = {}
         unexpected = []
         for file_name, tensor in tensors.items():
-            name = self._canonical(file_name, known)
+            name = self.canonical(file_name)
             if name is None:
                 unexpected.append(file_name)
             elif name in known:
@@ -100,8 +105,9 @@ class TensorMap:
             raise CheckpointError("; ".join(_describe([], unexpected)) + ": the Hugging Face model has no such tensor")
         return {entry.hf: entry.to_hf(tensors) for entry in self.entries}
 
-    def _canonical(self, name: str, known: set[str]) -> str | None:
-        """The entry's name; the name itself where it is not read; none where it is unknown."""
+    def canonical(self, name: str) -> str | None:
+        """The name of the entry that a file's tensor is; its full name where it is not read; none where unknown."""
+        known = self._known
         # Files written for TensorFlow's BERT call the norm's weight gamma and its bias beta.
         for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
             if name.endswith(old):

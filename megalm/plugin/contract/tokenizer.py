@@ -119,6 +119,11 @@ class Tokenizer(ABC):
         ``megalm.testing.TokenizerSuite`` holds the tokenizer to; tokenizers that normalise make none."""
         return False
 
+    def hf_json(self) -> str | None:
+        """A ``tokenizer.json`` of the Hugging Face tokenizers library that gives the same ids and texts, if there is
+        one. Exported models carry it; the special tokens in it are called what :meth:`token` calls them."""
+        return None
+
     def token(self, index: int) -> str:
         """A printable form of one id, for ``megalm data inspect``."""
         return self.decode([index])
