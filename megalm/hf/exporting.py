@@ -141,8 +141,8 @@ def _tokenizer_files(stored: Stored, folder: Path, config: Mapping[str, Any], te
 
 
 def _imported_folders(stored: Stored) -> Iterator[Path]:
-    """Where the files may lie that were imported: beside the checkpoint, or beside the one that a run began with, as long
-    as its tokenizer is the same."""
+    """Where the files may lie that were imported: beside the checkpoint, or beside the one that a run began with, as
+    long as its tokenizer is the same."""
     start = stored.manifest.state.get("config", {}).get("checkpoint", {}).get("load")
     for folder in (stored.folder, *([] if start is None else [Path(start)])):
         if not (folder / FOLDER).is_dir():

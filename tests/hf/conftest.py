@@ -43,7 +43,13 @@ def folder(tmp_path: Path, byte_json: str) -> Folder:
     """``folder(name, classes, settings, seed=, dtype=, **save)``: a random model that transformers has saved."""
 
     def make(
-        name: str, model: str, settings: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any
+        name: str,
+        model: str,
+        settings: dict[str, Any],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **save: Any,
     ) -> Path:
         import transformers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def change_config(path: Path, **changes: Any) -> None:
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def refused(source: Path, tmp_path: Path, manager: PluginManager, error: type[Exception], words: str, **more: Any) -> None:
+def refused(
+    source: Path, tmp_path: Path, manager: PluginManager, error: type[Exception], words: str, **more: Any
+) -> None:
     with pytest.raises(error, match=words):
         import_hf(source, tmp_path / "in", manager, tokenizer=own_tokenizer(source, manager), **more)
     assert not (tmp_path / "in").exists()
@@ -77,7 +80,8 @@ def test_without_transformers(
 def test_pickle_is_refused_with_what_to_do(folder: Folder, tmp_path: Path, manager: PluginManager) -> None:
     source = folder("source", *SIZES)
     (source / files.SINGLE).rename(source / "pytorch_model.bin")
-    refused(source, tmp_path, manager, CheckpointError, "pytorch_model.bin: weights in pickle are not read.*save_pretrained")
+    words = "pytorch_model.bin: weights in pickle are not read.*save_pretrained"
+    refused(source, tmp_path, manager, CheckpointError, words)
 
 
 def test_shards_are_read_and_what_is_wrong_with_them_named(
@@ -117,9 +121,8 @@ def test_objectives_that_do_not_fit_and_folders_that_are_taken(
 ) -> None:
     source = folder("source", *SIZES)
     refused(source, tmp_path, manager, ConfigError, "--objective mlm needs bidirectional attention", objective="mlm")
-    roberta = folder("roberta", *draw_settings("roberta", random.Random(1))[:1], {
-        **draw_settings("roberta", random.Random(1))[1], "type_vocab_size": 1
-    })
+    model, sizes = draw_settings("roberta", random.Random(1))
+    roberta = folder("roberta", model, {**sizes, "type_vocab_size": 1})
     refused(roberta, tmp_path, manager, ConfigError, "needs 2 token types, but the model has 1", objective="mlm+nsp")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
@@ -132,8 +135,6 @@ def test_objectives_that_do_not_fit_and_folders_that_are_taken(
 def test_a_model_that_no_family_has_is_refused_by_its_keys(
     folder: Folder, tmp_path: Path, manager: PluginManager
 ) -> None:
-    from dataclasses import replace
-
     source = folder("source", *SIZES)
     import_hf(source, tmp_path / "in", manager, tokenizer=own_tokenizer(source, manager), verify=False)
     stored = open_stored(tmp_path / "in", manager)
