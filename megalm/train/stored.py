@@ -153,7 +153,7 @@ def model_configuration(config: Mapping[str, Any], manager: PluginManager) -> Re
     tree = {
         "run": {"dir": "-"},
         "model": config.get("model", {}),
-        "data": {"path": config.get("data", {}).get("path", "-")},
+        "data": {"path": _data_path(config.get("data", {}))},
         "train": {**_ANY, **{key: train[key] for key in _MODEL_KEYS if key in train}},
         "objective": config.get("objective", {}),
     }
@@ -161,6 +161,12 @@ def model_configuration(config: Mapping[str, Any], manager: PluginManager) -> Re
         path = Path(folder) / "stored.toml"
         path.write_text(toml.dumps(tree), encoding="utf-8")
         return load_config(path, [], manager)
+
+
+def _data_path(data: Mapping[str, Any]) -> str:
+    """A store of the run's data, the first of several: all have one tokenizer."""
+    stores = [data.get("path"), *(entry.get("path") for entry in data.get("blend", []))]
+    return next((path for path in stores if path), "-")
 
 
 def objective_and_spec(
