@@ -160,6 +160,6 @@ def test_mistakes_on_the_command_line(folder: Folder, tmp_path: Path, manager: P
         failed = run_cli(*arguments)
         assert failed.exit_code != 0
         assert re.search(words, str(failed.exception)), failed.exception
+    byte = manager.load_class("tokenizers", "byte").load(Path())
     with pytest.raises(TokenizerError, match="was made with a tokenizer of identity"):
-        byte = manager.load_class("tokenizers", "byte").load(Path())
         open_stored(Path(made), manager, ("byte", byte))
