@@ -16,6 +16,7 @@ import torch
 
 from megalm.cli.app import app
 from megalm.config.load import load_config
+from megalm.config.schema import KernelsConfig
 from megalm.errors import TokenizerError
 from megalm.hf import files
 from megalm.hf.exporting import export_hf
@@ -53,6 +54,8 @@ def train(tmp_path: Path, manager: PluginManager, *overrides: str) -> Path:
         "launch.threads": "1",
         "sample.tokens": "4",
     }
+    # Nothing is built for a test that is not about kernels.
+    settings |= {f"kernels.{operation}": "reference" for operation in KernelsConfig.model_fields}
     pairs = [f"{key}={value}" for key, value in settings.items()]
     resolved = load_config(tmp_path / "in" / "run.toml", [*pairs, *overrides], manager)
     Trainer(prepare_run(resolved, manager, 1, "cpu"), single_rank()).run()
@@ -86,7 +89,7 @@ def test_a_run_without_an_import_is_exported_with_its_tokenizer(tmp_path: Path, 
     from megalm.testing.runs import make_run
 
     data = make_store(tmp_path, documents=60, manager=manager)
-    prepared = make_run(tmp_path, data, architecture="llama", overrides=["train.precision=float32"], manager=manager)
+    prepared = make_run(tmp_path, data, architecture="llama", manager=manager)
     Trainer(prepared, single_rank()).run()
     stored = open_stored(find_checkpoint(prepared.run_dir)[0], manager)
     assert export_hf(stored, tmp_path / "out").agreements
