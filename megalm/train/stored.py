@@ -134,7 +134,7 @@ def open_stored(
     identity = manifest.state.get("tokenizer")
     if found is None and required:
         raise TokenizerError(
-            f"{folder}: its tokenizer is neither in {folder / TOKENIZER_FOLDER} nor in {resolved.config.data.path}; "
+            f"{folder}: its tokenizer is neither in {folder / TOKENIZER_FOLDER} nor in {resolved.config.data.paths[0]}; "
             "name it with --tokenizer"
         )
     if found is not None and identity not in (found[1].identity, NO_TOKENIZER):
@@ -179,7 +179,7 @@ def objective_and_spec(
 
 
 def _nearby(folder: Path, resolved: Resolved, manager: PluginManager) -> tuple[str, Tokenizer] | None:
-    for place in (folder, Path(resolved.config.data.path)):
+    for place in (folder, *map(Path, resolved.config.data.paths)):
         if (place / TOKENIZER_FOLDER / DESCRIPTOR).is_file():
             return load_tokenizer(place / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
     return None
