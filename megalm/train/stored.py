@@ -134,8 +134,8 @@ def open_stored(
     identity = manifest.state.get("tokenizer")
     if found is None and required:
         raise TokenizerError(
-            f"{folder}: its tokenizer is neither in {folder / TOKENIZER_FOLDER} nor in {resolved.config.data.paths[0]}; "
-            "name it with --tokenizer"
+            f"{folder}: its tokenizer is neither in {folder / TOKENIZER_FOLDER} nor in "
+            f"{resolved.config.data.paths[0]}; name it with --tokenizer"
         )
     if found is not None and identity not in (found[1].identity, NO_TOKENIZER):
         raise TokenizerError(
