@@ -7,6 +7,7 @@ values, and what the model lacks of the folder is kept beside it, so that an exp
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -122,8 +123,7 @@ def import_hf(
         made = save_checkpoint(folder / "new", 0, TrainingState(weights, [], {}), state, single_rank(), 1)
         for path in made.iterdir():
             path.rename(folder / path.name)
-        made.rmdir()
-        made.parent.rmdir()
+        shutil.rmtree(made.parent)
         (folder / FOLDER).mkdir()
         files.copy_files(source, folder / FOLDER, (files.CONFIG, files.GENERATION))
         if tokenizer is not None and _is_its_own(source, tokenizer[1]):
