@@ -20,7 +20,7 @@ struct Gelu {
   // The cumulative distribution's tail has the density as a factor; what is left is a polynomial in s, with a relative
   // error of 1e-8, that keeps the smallest values exact too.
   static Normal normal(float x) {
-    const float density = exp(-0.5f * x * x);
+    const float density = detail::exp_falling(-0.5f * x * x);
     const float s = 1.f / (1.f + 0.212132034f * abs(x));
     float p = -0.125142053f;
     p = p * s + 0.462827444f;
@@ -183,11 +183,33 @@ void plain_backward(const MegalmBiasActivationBackward& a) {
   });
 }
 
+#if defined(MEGALM_AVX2)
+// Of elements of 16 bits, whose gradients need no rounding: returns how many it did.
+template <class T>
+int64_t relu_backward_row(const T* x, const T* dy, const float* bias, T* dx, float* partial, int64_t n) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8) {
+    const __m256 v = _mm256_add_ps(load8(x + j), _mm256_loadu_ps(bias + j));
+    const __m256 kept = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ);  // and a NaN
+    const __m256i wide = _mm256_castps_si256(kept);
+    const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm256_storeu_ps(partial + j, _mm256_add_ps(_mm256_loadu_ps(partial + j), _mm256_and_ps(load8(dy + j), kept)));
+    const __m128i seeds = _mm_loadu_si128(reinterpret_cast<const __m128i*>(dy + j));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dx + j), _mm_and_si128(seeds, mask));
+  }
+  return j;
+}
+#endif
+
 template <class T, class Act>
 void backward_row(const T* x0, const T* dy0, const float* bias, T* dx0, float* partial, int64_t n) {
   Source<T> in(x0), seeds(dy0);
   Sink<T> sink(dx0);
-  stages(0, n, [&](int64_t from, int64_t size) {
+  int64_t done = 0;
+#if defined(MEGALM_AVX2)
+  if constexpr (std::is_same_v<Act, Relu> && !kIsWide<T>) done = relu_backward_row(x0, dy0, bias, dx0, partial, n);
+#endif
+  stages(done, n, [&](int64_t from, int64_t size) {
     const float *x = in.at(from, size), *dy = seeds.at(from, size), *b = bias + from;
     float *dx = sink.at(from), *sums = partial + from;
 #pragma omp simd

@@ -1,4 +1,5 @@
-// Dropout on the processor: the draws of a stretch of a row go to a small buffer, from which a vector loop takes them.
+// Dropout on the processor: the mask of a stretch of a row, a bit for each feature, is drawn or was kept by the forward, and
+// a vector loop takes it. Drawing is most of the time of either, and bits are little to keep.
 #include "include/dropout.h"
 
 #include <vector>
@@ -11,9 +12,10 @@
 namespace megalm::cpu {
 namespace {
 
-constexpr int64_t kStretch = kStage;  // features whose draws are in the buffer at once
+constexpr int64_t kStretch = 1024;  // features whose bits are drawn before they are used
+constexpr int64_t kBlockBytes = kDraws / 8;
 static_assert(kStretch % kDraws == 0);
-constexpr int64_t kRows = 64;              // whose bias gradients are summed in float before they go to a partial sum
+constexpr int64_t kRows = 64;  // whose bias gradients are summed in float before they go to a partial sum
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the low draw of a word must come first in memory"
@@ -32,52 +34,90 @@ struct Place {
   }
 };
 
-// The draws of features [begin, begin + n), where begin is a multiple of kDraws; fills whole blocks.
-inline void draw(uint16_t* out, const MegalmDropoutMask& m, const Place& at, int64_t begin, int64_t n) {
+// Bit k: whether draw k of a block is not below the threshold.
+inline uint16_t bits_of_block(const Philox& p, int32_t threshold) {
+#if defined(MEGALM_AVX2)
+  const __m256i draws = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.word));
+  const __m256i least = _mm256_set1_epi16(static_cast<int16_t>(threshold));
+  const __m256i kept = _mm256_cmpeq_epi16(_mm256_max_epu16(draws, least), draws);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+  return static_cast<uint16_t>(_mm_movemask_epi8(bytes));
+#else
+  uint32_t bits = 0;
+  for (int k = 0; k < kDraws; ++k)
+    bits |= static_cast<uint32_t>(static_cast<int32_t>(p.word[k / 4] >> (k % 4 * 16) & 0xffff) >= threshold) << k;
+  return static_cast<uint16_t>(bits);
+#endif
+}
+
+// The mask of features [begin, begin + n), where begin is a multiple of kDraws; whole blocks.
+inline void draw(uint8_t* out, const MegalmDropoutMask& m, const Place& at, int64_t begin, int64_t n) {
   for (int64_t j = 0; j < n; j += kDraws) {
     const uint64_t block = at.first + static_cast<uint64_t>((begin + j) / kDraws);
     const Philox p = philox(block, at.slot, at.view, at.step, m.key_low, m.key_high);
-    std::memcpy(out + j, p.word, sizeof(p.word));
+    const uint16_t bits = bits_of_block(p, m.threshold);
+    std::memcpy(out + j / 8, &bits, sizeof(bits));
   }
 }
 
-// Calls f(begin, n, factors) for stretches of each row of [first, last).
+// Calls f(row, begin, n, bits) for stretches of each row of [first, last). What is drawn goes to `to`, if it is there.
 template <class F>
-inline void stretches(const MegalmDropoutMask& m, int64_t first, int64_t last, int64_t cols, const F& f) {
-  uint16_t draws[kStretch];
-  float factors[kStretch];
+inline void stretches(const MegalmDropoutMask& m, const uint8_t* kept, uint8_t* to, int64_t first, int64_t last,
+                      int64_t cols, const F& f) {
+  uint8_t drawn[kStretch / 8];
+  const int64_t row_bytes = (cols + kDraws - 1) / kDraws * kBlockBytes;
   int64_t span = 0;
-  const int32_t threshold = m.threshold;
-  const float scale = m.scale;
   for (int64_t row = first; row < last; ++row) {
+    if (kept != nullptr) {
+      f(row, 0, cols, kept + row * row_bytes);
+      continue;
+    }
     const Place at(m, row, cols, span);
     for (int64_t begin = 0; begin < cols; begin += kStretch) {
       const int64_t n = std::min(cols - begin, kStretch);
-      draw(draws, m, at, begin, n);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) factors[j] = static_cast<int32_t>(draws[j]) >= threshold ? scale : 0.f;
-      f(row, begin, n, factors);
+      uint8_t* bits = to == nullptr ? drawn : to + row * row_bytes + begin / 8;
+      draw(bits, m, at, begin, n);
+      f(row, begin, n, bits);
     }
   }
 }
 
+// What a value is multiplied by: not selected, since a NaN that is dropped stays one.
+inline float factor(const uint8_t* bits, int64_t j, float scale) { return bits[j / 8] >> (j % 8) & 1 ? scale : 0.f; }
+
+#if defined(MEGALM_AVX2)
+// Those of eight features.
+inline __m256 factors(uint8_t bits, __m256 scale) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), each), each);
+  return _mm256_and_ps(_mm256_castsi256_ps(kept), scale);
+}
+#endif
+
 template <class T, bool kResidual, bool kBias>
 void forward_rows(const MegalmDropoutForward& a, int64_t first, int64_t last) {
-  stretches(a.mask, first, last, a.cols, [&a](int64_t row, int64_t begin, int64_t n, const float* factors) {
+  const float scale = a.mask.scale;
+  stretches(a.mask, nullptr, a.kept, first, last, a.cols,
+            [&a, scale](int64_t row, int64_t begin, int64_t n, const uint8_t* bits) {
     const int64_t at = row * a.cols + begin;
-    Source<T> in(static_cast<const T*>(a.x) + at), biases(kBias ? static_cast<const T*>(a.bias) + begin : nullptr);
-    Source<T> residuals(kResidual ? static_cast<const T*>(a.residual) + at : nullptr);
-    Sink<T> sink(static_cast<T*>(a.y) + at);
-    const float* x = in.at(0, n);
-    const float* bias = kBias ? biases.at(0, n) : nullptr;
-    const float* residual = kResidual ? residuals.at(0, n) : nullptr;
-    float* y = sink.at(0);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const float v = (kBias ? x[j] + bias[j] : x[j]) * factors[j];
-      y[j] = kResidual ? residual[j] + v : v;
+    const T* x = static_cast<const T*>(a.x) + at;
+    const T* bias = kBias ? static_cast<const T*>(a.bias) + begin : nullptr;
+    const T* residual = kResidual ? static_cast<const T*>(a.residual) + at : nullptr;
+    T* y = static_cast<T*>(a.y) + at;
+    int64_t j = 0;
+#if defined(MEGALM_AVX2)
+    for (const __m256 scales = _mm256_set1_ps(scale); j + 8 <= n; j += 8) {
+      __m256 v = load8(x + j);
+      if (kBias) v = _mm256_add_ps(v, load8(bias + j));
+      v = _mm256_mul_ps(v, factors(bits[j / 8], scales));
+      if (kResidual) v = _mm256_add_ps(load8(residual + j), v);
+      store8(y + j, v);
     }
-    sink.put(0, n);
+#endif
+    for (; j < n; ++j) {
+      const float v = (kBias ? load(x[j]) + load(bias[j]) : load(x[j])) * factor(bits, j, scale);
+      store(y + j, kResidual ? load(residual[j]) + v : v);
+    }
   });
 }
 
@@ -92,19 +132,25 @@ void forward(const MegalmDropoutForward& a, int64_t first, int64_t last) {
 // Gradients of rows [first, last); the bias's is added to `few` where there is one.
 template <class T, bool kBias>
 void backward_rows(const MegalmDropoutBackward& a, int64_t first, int64_t last, float* few) {
-  stretches(a.mask, first, last, a.cols, [&a, few](int64_t row, int64_t begin, int64_t n, const float* factors) {
-    Source<T> seeds(static_cast<const T*>(a.dy) + row * a.cols + begin);
-    Sink<T> sink(static_cast<T*>(a.dx) + row * a.cols + begin);
-    const float* dy = seeds.at(0, n);
-    float* dx = sink.at(0);
+  const float scale = a.mask.scale;
+  stretches(a.mask, a.kept, nullptr, first, last, a.cols,
+            [&a, few, scale](int64_t row, int64_t begin, int64_t n, const uint8_t* bits) {
+    const T* dy = static_cast<const T*>(a.dy) + row * a.cols + begin;
+    T* dx = static_cast<T*>(a.dx) + row * a.cols + begin;
     float* sums = kBias ? few + begin : nullptr;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const float g = dy[j] * factors[j];
-      dx[j] = g;
+    int64_t j = 0;
+#if defined(MEGALM_AVX2)
+    for (const __m256 scales = _mm256_set1_ps(scale); j + 8 <= n; j += 8) {
+      const __m256 g = _mm256_mul_ps(load8(dy + j), factors(bits[j / 8], scales));
+      if (kBias) _mm256_storeu_ps(sums + j, _mm256_add_ps(_mm256_loadu_ps(sums + j), g));
+      store8(dx + j, g);
+    }
+#endif
+    for (; j < n; ++j) {
+      const float g = load(dy[j]) * factor(bits, j, scale);
+      store(dx + j, g);
       if (kBias) sums[j] += g;
     }
-    sink.put(0, n);
   });
 }
 

@@ -57,6 +57,12 @@ inline float exp_normal(float x) {
   return p.f * power_of_two(p.n);
 }
 
+// exp(x) where x is not above 0, or a NaN.
+inline float exp_falling(float x) {
+  const Power p = power(x < -104.f ? -104.f : x);
+  return p.f * power_of_two(p.n + 64) * 5.42101086e-20f;  // 2^-64: the result may be smaller than powers that are floats
+}
+
 inline float with_sign_of(float x, float size) { return float_of(bits_of(size) | (bits_of(x) & INT32_MIN)); }
 
 }  // namespace detail
@@ -93,7 +99,7 @@ inline float log(float x) {
 
 // 1 / (1 + exp(-x)), whose exponential is at most 1.
 inline float sigmoid(float x) {
-  const float e = exp(-abs(x));
+  const float e = detail::exp_falling(-abs(x));
   return (x < 0.f ? e : 1.f) / (1.f + e);
 }
 

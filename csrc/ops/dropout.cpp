@@ -24,8 +24,17 @@ MegalmDropoutMask mask_of(const char* op, const Tensor& x, const Tensor& spans, 
   return m;
 }
 
-Tensor dropout_add(const Tensor& x0, std::optional<Tensor> residual0, std::optional<Tensor> bias0, const Tensor& spans0,
-                   int64_t key_low, int64_t key_high, int64_t threshold) {
+#if defined(MEGALM_CPU)
+constexpr bool kKeeps = true;
+#else
+constexpr bool kKeeps = false;  // to draw again costs CUDA less than to read
+#endif
+
+int64_t kept_bytes(int64_t cols) { return (cols + 15) / 16 * 2; }
+
+std::tuple<Tensor, Tensor> dropout_add(const Tensor& x0, std::optional<Tensor> residual0,
+                                       std::optional<Tensor> bias0, const Tensor& spans0,
+                                       int64_t key_low, int64_t key_high, int64_t threshold, bool keep) {
   const char* op = "dropout_add";
   OnDevice device(x0);
   const Tensor x = packed(x0), spans = packed(spans0);
@@ -39,21 +48,33 @@ Tensor dropout_add(const Tensor& x0, std::optional<Tensor> residual0, std::optio
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(1) && bias->scalar_type() == x.scalar_type(), op,
                     ": the bias must have the size of x's last dimension, and its dtype");
   check_together(op, x, residual, bias);
+  STD_TORCH_CHECK(kKeeps || !keep, op, ": the mask is kept on the processor alone");
   Tensor y = torch::stable::empty_like(x);
+  Tensor kept = torch::stable::new_empty(x, {keep ? x.size(0) : 0, kept_bytes(x.size(1))}, ScalarType::Byte);
   a.x = in(x), a.residual = in(residual), a.bias = in(bias), a.y = out(y);
+  a.kept = keep ? out_as<uint8_t>(kept) : nullptr;
   a.rows = x.size(0), a.cols = x.size(1), a.dtype = dtype_of(x, op);
   if (x.numel() > 0) succeeded(MEGALM_CALL(dropout_forward)(&a, device.stream()), op);
-  return y;
+  return {y, kept};
 }
 
-std::tuple<Tensor, Tensor> dropout_add_backward(const Tensor& dy0, const Tensor& spans0, int64_t key_low,
-                                                int64_t key_high, int64_t threshold, bool with_bias) {
+std::tuple<Tensor, Tensor> dropout_add_backward(const Tensor& dy0, std::optional<Tensor> kept0, const Tensor& spans0,
+                                                int64_t key_low, int64_t key_high, int64_t threshold, bool with_bias) {
   const char* op = "dropout_add_backward";
   OnDevice device(dy0);
   const Tensor dy = packed(dy0), spans = packed(spans0);
+  const std::optional<Tensor> kept = packed(kept0);
   MegalmDropoutBackward a{};
   a.mask = mask_of(op, dy, spans, key_low, key_high, threshold);
   a.rows = dy.size(0), a.cols = dy.size(1), a.dtype = dtype_of(dy, op);
+  if (kept.has_value()) {
+    STD_TORCH_CHECK(kKeeps, op, ": the mask is kept on the processor alone");
+    STD_TORCH_CHECK(kept->dim() == 2 && kept->size(0) == a.rows && kept->size(1) == kept_bytes(a.cols) &&
+                        kept->scalar_type() == ScalarType::Byte,
+                    op, ": the kept mask must be uint8 (tokens, 2 for every 16 features)");
+    check_together(op, dy, kept);
+    a.kept = in_as<uint8_t>(*kept);
+  }
   Tensor dx = torch::stable::empty_like(dy);
   if (dy.numel() == 0) return {dx, torch::stable::new_zeros(dy, {with_bias ? a.cols : 0})};
   Tensor dbias = torch::stable::new_empty(dy, {with_bias ? a.cols : 0});
@@ -69,8 +90,8 @@ std::tuple<Tensor, Tensor> dropout_add_backward(const Tensor& dy0, const Tensor&
 
 #ifdef MEGALM_SCHEMAS
 MEGALM_SCHEMAS(m) {
-  m.def("dropout_add(Tensor x, Tensor? residual, Tensor? bias, Tensor spans, int key_low, int key_high, int threshold) -> Tensor");
-  m.def("dropout_add_backward(Tensor dy, Tensor spans, int key_low, int key_high, int threshold, bool with_bias) -> (Tensor, Tensor)");
+  m.def("dropout_add(Tensor x, Tensor? residual, Tensor? bias, Tensor spans, int key_low, int key_high, int threshold, bool keep) -> (Tensor, Tensor)");
+  m.def("dropout_add_backward(Tensor dy, Tensor? kept, Tensor spans, int key_low, int key_high, int threshold, bool with_bias) -> (Tensor, Tensor)");
 }
 #endif
 

@@ -109,10 +109,10 @@ class Native(KernelProvider):
         return _CPU_BY_TORCH.get(request.operation, {}) if self._device == "cpu" else {}
 
 
-_PLAIN_BY_TORCH = ("relu", "silu")
+_PLAIN_BY_TORCH = ("relu",)
 _CPU_BY_TORCH: Mapping[str, Mapping[str, str]] = {
     "layer_norm": {"without a residual": "torch, whose own is as fast or faster"},
-    "activation": {f"{' and '.join(_PLAIN_BY_TORCH)} without a bias": "torch, whose own are as fast or faster"},
+    "activation": {f"{' and '.join(_PLAIN_BY_TORCH)} without a bias": "torch, whose own is as fast or faster"},
 }
 """What benchmarks/kernels.py --native shows on a processor: where nothing is fused there is nothing to win."""
 

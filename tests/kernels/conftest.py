@@ -61,3 +61,14 @@ def backend(request: pytest.FixtureRequest) -> Backend:
             pytest.skip("needs CUDA")
         assert found.cuda, "torch has CUDA and the library has not"
     return Backend(request.param, "megalm", torch.device(request.param))
+
+
+@pytest.fixture
+def processor() -> Backend:
+    """What the processor's kernels alone do."""
+    found = library()
+    if isinstance(found, Absent):
+        if find_compiler() is None:
+            pytest.skip("no C++ compiler: nothing is built here")
+        pytest.fail(f"the operations were not built: {found.reason}")
+    return Backend("cpu", "megalm", torch.device("cpu"))

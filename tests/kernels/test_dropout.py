@@ -148,7 +148,7 @@ def test_bias_without_residual(backend: Backend, features: int) -> None:
     address = _address(9)
     table, key = span_table(address, backend.device), signed_key(address.seed, SITE)
     check_against_float64(
-        lambda x, b: (ops.dropout_add(x, None, b, table, *key, 20000),),
+        lambda x, b: ops.dropout_add(x, None, b, table, *key, 20000, False)[:1],
         lambda x, b: (reference.dropout(x + b, 20000 / 65536, address, SITE),),
         [x, bias],
         tolerance=2e-6,
@@ -257,11 +257,69 @@ def test_refuses_what_does_not_fit(backend: Backend) -> None:
         drop.dropout(x.double(), 0.5, address, SITE)
     op = getattr(torch.ops, backend.namespace).dropout_add
     with pytest.raises(RuntimeError, match="there are tokens and no spans"):
-        op(x, None, None, torch.empty(0, 5, dtype=torch.int64, device=backend.device), 1, 2, 3)
+        op(x, None, None, torch.empty(0, 5, dtype=torch.int64, device=backend.device), 1, 2, 3, False)
     with pytest.raises(RuntimeError, match="int64"):
-        op(x, None, None, torch.ones(1, 5, device=backend.device), 1, 2, 3)
+        op(x, None, None, torch.ones(1, 5, device=backend.device), 1, 2, 3, False)
     with pytest.raises(RuntimeError, match="threshold"):
-        op(x, None, None, span_table(address, backend.device), 1, 2, 65536)
+        op(x, None, None, span_table(address, backend.device), 1, 2, 65536, False)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 8), (3, 0)], ids=str)
+def test_processor_keeps_the_mask(processor: Backend, shape: tuple[int, int]) -> None:
+    """A bit for each feature, from which backward gets to the last bit what it gets from drawing again."""
+    ops, (tokens, features) = getattr(torch.ops, processor.namespace), shape
+    address = _address(tokens)
+    drawn = (span_table(address, processor.device), *signed_key(address.seed, SITE), 20000)
+    expected = draws16(address, SITE, features, CPU) >= 20000
+    for dtype in DTYPES:
+        x, bias = processor.draw(*shape, dtype=dtype, seed=1), processor.draw(features, dtype=dtype, seed=2)
+        y, kept = ops.dropout_add(x, None, bias, *drawn, True)
+        again, nothing = ops.dropout_add(x, None, bias, *drawn, False)
+        assert torch.equal(y, again)
+        assert nothing.numel() == 0
+        bits = (kept[..., None] >> torch.arange(8)) & 1
+        assert torch.equal(bits.reshape(tokens, kept.shape[1] * 8)[:, :features].bool(), expected)
+        for biased in (True, False):
+            found = ops.dropout_add_backward(x.detach(), kept, *drawn, biased)
+            for one, other in zip(found, ops.dropout_add_backward(x.detach(), None, *drawn, biased), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_the_mask_is_kept_for_a_backward_alone(processor: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop, x, address, asked = Dropouts(processor.namespace), torch.ones(2, 32), _address(2), []
+    real = drop._ops.dropout_add
+    monkeypatch.setattr(drop._ops, "dropout_add", lambda *given: asked.append(given[-1]) or real(*given))
+    wanting, bias = x.clone().requires_grad_(), torch.ones(32, requires_grad=True)
+    drop.dropout(x, 0.5, address, SITE)
+    drop.dropout_add(x, wanting, 0.5, address, SITE)  # a residual's gradient has no mask
+    with torch.no_grad():
+        drop.dropout(wanting, 0.5, address, SITE)
+    drop.dropout(wanting, 0.5, address, SITE)
+    drop.dropout_add(x, x, 0.5, address, SITE, bias)
+    assert asked == [False, False, False, True, True]
+
+
+def test_a_kept_mask_that_does_not_fit(backend: Backend) -> None:
+    ops, x = getattr(torch.ops, backend.namespace), torch.ones(2, 24, device=backend.device)
+    table = span_table(_address(2), backend.device)
+    if backend.name != "cpu":
+        with pytest.raises(RuntimeError, match="kept on the processor alone"):
+            ops.dropout_add(x, None, None, table, 1, 2, 3, True)
+        with pytest.raises(RuntimeError, match="kept on the processor alone"):
+            ops.dropout_add_backward(x, x.byte(), table, 1, 2, 3, False)
+        return
+    for wrong in (x.byte(), torch.ones(2, 4), torch.ones(1, 4).byte(), torch.ones(8).byte()):
+        with pytest.raises(RuntimeError, match="the kept mask must be uint8"):
+            ops.dropout_add_backward(x, wrong, table, 1, 2, 3, False)
+
+
+def test_opcheck_of_a_kept_mask(processor: Backend) -> None:
+    ops, address = getattr(torch.ops, processor.namespace), _address(6)
+    x = processor.draw(6, 40, dtype=torch.float32, seed=1)
+    drawn = (span_table(address, processor.device), *signed_key(address.seed, SITE), 20000)
+    check_registration(ops.dropout_add, (x, None, None, *drawn, True))
+    kept = ops.dropout_add(x.detach(), None, None, *drawn, True)[1]
+    check_registration(ops.dropout_add_backward, (x.detach(), kept, *drawn, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -271,9 +329,9 @@ def test_opcheck(backend: Backend, dtype: torch.dtype) -> None:
     bias, address = backend.draw(40, dtype=dtype, seed=3), _address(6)
     mask = (span_table(address, backend.device), *signed_key(address.seed, SITE), 20000)
     for with_residual, with_bias in itertools.product((None, residual), (None, bias)):
-        check_registration(ops.dropout_add, (x, with_residual, with_bias, *mask))
+        check_registration(ops.dropout_add, (x, with_residual, with_bias, *mask, False))
     for biased in (True, False):
-        check_registration(ops.dropout_add_backward, (x.detach(), *mask, biased))
+        check_registration(ops.dropout_add_backward, (x.detach(), None, *mask, biased))
 
 
 def test_compiles_whole(backend: Backend) -> None:
@@ -283,6 +341,6 @@ def test_compiles_whole(backend: Backend) -> None:
     table, key = span_table(address, backend.device), signed_key(address.seed, SITE)
 
     def run(x: Tensor, bias: Tensor) -> Tensor:
-        return op(x * 2, x, bias, table, *key, 9000).sin().sum()
+        return op(x * 2, x, bias, table, *key, 9000, backend.name == "cpu")[0].sin().sum()
 
     check_compiled(run, [x, bias])

@@ -162,7 +162,9 @@ def test_sum_with_residual(dtype: torch.dtype, biased: bool) -> None:
     scale = 65536 / (65536 - round(p * 65536))
     truth = residual.double() + (x.double() + (bias.double() if biased else 0)) * keep * scale
     assert out.dtype == dtype
-    torch.testing.assert_close(out, truth.to(dtype), rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    # Wider dtypes round each sum and product, of terms that may be larger than what they add up to.
+    eps, roundings = torch.finfo(dtype).eps, 1 if dtype == torch.bfloat16 else 8
+    torch.testing.assert_close(out, truth.to(dtype), rtol=eps, atol=roundings * eps)
     out.sum().backward()
     assert x.grad is not None
     assert residual.grad is not None

@@ -1,4 +1,8 @@
-"""dropout_add of csrc/: shapes, gradients, calls."""
+"""dropout_add of csrc/: shapes, gradients, calls.
+
+A mask is drawn again for backward, except on the processor, whose forward keeps it for one, in a bit for each feature:
+there drawing takes several times as long as all the rest.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from megalm.errors import UsageError
 from megalm.ops.dropout import DropoutAddress, threshold_of
 from megalm.ops.native.ops import Operations, registrar
 from megalm.parallel import rng
+
+OWN = "megalm"
+"""The namespace whose operations keep masks on the processor; the emulator's are CUDA's, on the processor too."""
 
 
 def register(namespace: str) -> None:
@@ -28,28 +35,40 @@ def register(namespace: str) -> None:
         key_low: int,
         key_high: int,
         threshold: int,
-    ) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        kept = x.new_empty((x.shape[0] if keep else 0, -(-x.shape[1] // 16) * 2), dtype=torch.uint8)
+        return torch.empty_like(x, memory_format=torch.contiguous_format), kept
 
     @fake("dropout_add_backward")
     def _(
-        dy: Tensor, spans: Tensor, key_low: int, key_high: int, threshold: int, with_bias: bool
+        dy: Tensor,
+        kept: Tensor | None,
+        spans: Tensor,
+        key_low: int,
+        key_high: int,
+        threshold: int,
+        with_bias: bool,
     ) -> tuple[Tensor, Tensor]:
         dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
         return dx, dy.new_empty(dy.shape[1] if with_bias else 0)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, residual, bias, spans, *ctx.mask = inputs
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, residual, bias, spans, *ctx.mask, kept = inputs
         ctx.added, ctx.biased = residual is not None, bias is not None
-        ctx.save_for_backward(spans)
+        ctx.set_materialize_grads(False)  # of the mask, which has none
+        ctx.save_for_backward(spans, output[1] if kept else None)
 
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (spans,) = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        spans, kept = ctx.saved_tensors
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         dx = dbias = None
-        if needs_x or needs_bias:
-            dx, dbias = ops.dropout_add_backward(dy, spans, *ctx.mask, ctx.biased and needs_bias)
-        return dx, dy if ctx.added else None, dbias if ctx.biased and needs_bias else None, None, None, None, None
+        if dy is not None and (needs_x or needs_bias):
+            dx, dbias = ops.dropout_add_backward(dy, kept, spans, *ctx.mask, ctx.biased and needs_bias)
+        return (
+            *(dx, dy if ctx.added else None, dbias if ctx.biased and needs_bias else None),
+            *(None, None, None, None, None),
+        )
 
     gradient("dropout_add", backward, keep)
 
@@ -103,6 +122,7 @@ class Dropouts:
 
     def __init__(self, namespace: str) -> None:
         self._ops = Operations(namespace)
+        self._keeps = namespace == OWN
 
     def dropout(self, x_TF: Tensor, p: float, address: DropoutAddress, site: str) -> Tensor:
         return x_TF if threshold_of(p) == 0 else self._call(x_TF, None, p, address, site, None)
@@ -133,7 +153,9 @@ class Dropouts:
                 f"found {tuple(x.shape)}"
             )
         table = span_table(address, x.device)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        keep = wanted and self._keeps and x.device.type == "cpu"
         out: Tensor = self._ops.dropout_add(
-            x, residual, bias, table, *signed_key(address.seed, site), threshold_of(p)
-        )
+            x, residual, bias, table, *signed_key(address.seed, site), threshold_of(p), keep
+        )[0]
         return out
