@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.ops.native.activation import Activations
 from megalm.ops.native.norm import Norms
+from megalm.ops.native.ops import Operations
 from megalm.ops.native.rope import Rope
 from megalm.ops.native.softmax import Softmaxes
 
 from .backends import Backend
-from .calls import calls
+from .calls import NAMES, calls
 
 SEVERAL = [
     name
@@ -65,6 +67,57 @@ def test_backwards_check_what_they_are_given(backend: Backend) -> None:
     for mean, rstd in ((one, one[:2]), (one[:2], one), (one, one.double())):
         with pytest.raises(RuntimeError, match="one for each row"):
             ops.layer_norm_backward(x, None, x, weight, mean, rstd, 0.0, False)
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the operations that torch's modes get to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+DIFFERENTIABLE = [name for name in NAMES if not name.endswith(("_backward", "_")) and "cross_entropy" not in name]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_short_way_is_the_operation(backend: Backend, name: str) -> None:
+    """Outputs, gradients and which inputs get one, to the last bit; what watches gets to see the operation itself."""
+    short = getattr(Operations(backend.namespace), name)
+    whole = getattr(getattr(torch.ops, backend.namespace), name).default
+    arguments = calls(backend.device)[name]
+
+    def results(call: Callable[..., Any], wanted: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        leaves = [a for a in given if isinstance(a, Tensor) and a.is_floating_point()]
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(wanted in (i, len(leaves)))
+        found = call(*given)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        total = sum(y.square().sum() for y in outputs if y.requires_grad)
+        if isinstance(total, Tensor):
+            total.backward()
+        return outputs, [leaf.grad for leaf in leaves]
+
+    count = sum(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
+    for wanted in range(-1, count + 1):  # none, each alone, all
+        for found, expected in zip(results(short, wanted), results(whole, wanted), strict=True):
+            for one, other in zip(found, expected, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None and other is not None:
+                    assert torch.equal(one, other)
+                    assert one.requires_grad == other.requires_grad
+    leaf = arguments[0].clone().requires_grad_()
+    made = short(leaf, *arguments[1:])
+    made = made if isinstance(made, Tensor) else made[0]
+    assert type(made.grad_fn).__name__ == "ShortenedBackward"
+    with _Seen() as seen:
+        short(leaf, *arguments[1:])
+    assert f"{backend.namespace}::{name}" in seen.names
 
 
 _TWICE: dict[str, Callable[[str], Callable[[Tensor], Tensor]]] = {
