@@ -40,9 +40,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DShard
 
+from megalm.checkpoint.job import Retention
 from megalm.checkpoint.load import load_state
 from megalm.checkpoint.manifest import read_manifest, verify_files
-from megalm.checkpoint.save import Retention, Saver
+from megalm.checkpoint.save import Saver
 from megalm.checkpoint.state import TrainingState
 from megalm.parallel.layout import Part, Piece, Shard, even_ranges
 from megalm.parallel.mesh import ParallelContext, single_rank

@@ -11,8 +11,9 @@ import torch
 
 from megalm import __version__
 from megalm.checkpoint.folders import complete_checkpoints
+from megalm.checkpoint.job import Retention
 from megalm.checkpoint.load import load_state
-from megalm.checkpoint.save import Retention, Saver
+from megalm.checkpoint.save import Saver
 from megalm.checkpoint.state import allocate_optimizer_state, set_scalars, training_state
 from megalm.data.stream import Stream
 from megalm.errors import MegalmError, Preempted

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-import megalm.checkpoint.save as save_module
+import megalm.checkpoint.job as job_module
 from megalm.checkpoint.folders import complete_checkpoints, open_whole
-from megalm.checkpoint.save import Retention, Saver
+from megalm.checkpoint.job import Retention
+from megalm.checkpoint.save import Saver
 from megalm.checkpoint.state import TrainingState
 from megalm.checkpoint.tensorfile import write_tensors
 from megalm.errors import CheckpointError
@@ -57,7 +58,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.fails: str | None = None
-        monkeypatch.setattr(save_module, "write_tensors", self._write)
+        monkeypatch.setattr(job_module, "write_tensors", self._write)
 
     def _write(self, path: Path, *arguments: Any) -> tuple[int, str]:
         assert self.open.wait(30)
@@ -184,7 +185,7 @@ def test_a_failed_commit_ends_all_ranks(tmp_path: Path, monkeypatch: pytest.Monk
             save()
         return str(caught.value)
 
-    monkeypatch.setattr(save_module, "sync", refuse)
+    monkeypatch.setattr(job_module, "sync", refuse)
     told = run_simulated(rank, dp=2)
     assert told[0] == told[1]
     assert "Input/output error" in told[0]
@@ -211,7 +212,7 @@ def test_a_step_that_exists_is_left_alone(tmp_path: Path, plain: Any) -> None:
 
 
 def test_large_tensors_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Any) -> None:
-    monkeypatch.setattr(save_module, "FILE_BYTES", 100)
+    monkeypatch.setattr(job_module, "FILE_BYTES", 100)
     Saver(tmp_path, single_rank(), Retention(1)).save(1, state_of(single_rank(), 1.0), {})
     check(plain, tmp_path / "step-00000001", 1.0)
     assert len(open_whole(tmp_path / "step-00000001").files) == 4

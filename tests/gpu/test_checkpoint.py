@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megalm.checkpoint.folders import open_whole
+from megalm.checkpoint.job import Retention
 from megalm.checkpoint.load import load_state
-from megalm.checkpoint.save import Retention, Saver
+from megalm.checkpoint.save import Saver
 from megalm.checkpoint.state import TrainingState
 from megalm.parallel.layout import Part, Piece
 from megalm.parallel.mesh import single_rank
