@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.native.toolchain import Toolkit, find_toolkit
+from megalm.native.toolchain import Toolkit, find_compiler, find_toolkit
 
 from . import strict
 from .planted import patched
@@ -33,6 +33,8 @@ def toolkit() -> Toolkit:
     found = find_toolkit()
     if found is None:
         pytest.skip("no CUDA toolkit: nothing compiles kernels here")
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler: nvcc, which needs one, compiles nothing here")
     return found
 
 
