@@ -5,17 +5,20 @@
 Everything is measured in CPU-seconds of one thread, since machines that are shared drift in wall time. Contenders take
 turns, and medians are reported.
 
-- Encoding: texts in memory to ids. The whole corpus for megalm's tokenizer plugin, its first bytes for tokenizers.
+- Encoding: texts to ids. The whole corpus for megalm's tokenizer plugin (with its checks against tokenizers) and for
+  the call that Megatron-LM's fast path makes (which reads the file), its first bytes for tokenizers.
+- Identity: documents whose ids are not those of tokenizers, in the corpus' first bytes, or all of ``--identity FILE``.
 - Commands: from process start to process end. Each is also run on a corpus of one row; that is its start-up, and the
   MB/s are those of the rest.
 
-``--megatron`` is a folder with Megatron-LM's source, whose dependencies must be importable; its fast path needs
-gigatoken too. ``--corpus`` holds rows with a text; a corpus of about 100 MB is meant.
+``--only identity`` leaves out what takes long. ``--megatron`` is a folder with Megatron-LM's source, whose dependencies
+must be importable; its fast path needs gigatoken too. ``--corpus`` holds rows with a text; 100 MB are meant.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -26,30 +29,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(ONE_THREAD)
 
-from record import write_record  # noqa: E402  # threads are chosen before libraries load
+import numpy as np  # noqa: E402  # threads are chosen before libraries load
+from record import write_record  # noqa: E402
 
 from megalm_plugins.tokenizers.hf import HFTokenizer  # noqa: E402
 
 _REFERENCE_BYTES = 4_000_000
-_BATCH = 500
+_BATCH_CHARACTERS = 1 << 20
 _EVERYTHING = (
     *("--normalize", "NFC", "--strip-control", "--max-repetition", "0.6", "--min-characters", "20"),
     *("--scrub", "email,ip,phone,card,iban", "--dedup", "near"),
 )
-
-
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """CPU-seconds of this process during a call."""
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def command_seconds(command: list[str], log: Path) -> float:
@@ -63,44 +61,94 @@ def command_seconds(command: list[str], log: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def encoding(texts: list[str], tokenizer: Path, rounds: int) -> dict[str, Any]:
-    """MB/s and tokens/s of the plugin and of tokenizers, and whether their ids are equal where both encoded."""
-    size = sum(len(text.encode()) for text in texts)
-    sizes = itertools.accumulate(len(text.encode()) for text in texts)
-    few = texts[: 1 + sum(total <= _REFERENCE_BYTES for total in sizes)]
-    small = sum(len(text.encode()) for text in few)
-    ours: list[float] = []
-    theirs: list[float] = []
-    ids: list[Any] = []
-    expected: list[Any] = []
+def _loaded(tokenizer: Path) -> HFTokenizer:
+    """Anew for each round: what an engine remembers of a corpus would flatter the second one."""
+    plugin = HFTokenizer.load(tokenizer)
+    plugin.encode_documents([["start"]])
+    return plugin
 
-    for _ in range(rounds):
-        plugin = HFTokenizer.load(tokenizer)  # anew: what it remembers of a corpus would flatter the second round
-        plugin.encode_documents([["start"]])
 
-        def run(plugin: HFTokenizer = plugin) -> None:
-            ids[:] = [
-                plugin.encode_documents([[text] for text in texts[start : start + _BATCH]])[0]
-                for start in range(0, len(texts), _BATCH)
-            ]
+def _batches(texts: list[str]) -> Iterator[list[list[str]]]:
+    """Documents of about a megabyte together, as preparation encodes them."""
+    held: list[list[str]] = []
+    size = 0
+    for text in texts:
+        held.append([text])
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
-        def reference(plugin: HFTokenizer = plugin) -> None:
-            expected[:] = plugin.encode_batch(few)
 
-        ours.append(cpu_seconds(run))
-        theirs.append(cpu_seconds(reference))
-    tokens = sum(map(len, ids))
-    flat = [index for text in expected for index in text]
-    got = [index for batch in ids for index in batch[: len(flat)].tolist()][: len(flat)]
-    return {
-        "megalm": {"mb_per_s": size / 1e6 / statistics.median(ours), "tokens_per_s": tokens / statistics.median(ours)},
-        "tokenizers": {
-            "mb_per_s": small / 1e6 / statistics.median(theirs),
-            "tokens_per_s": len(flat) / statistics.median(theirs),
-        },
-        "bytes_compared": small,
-        "ids_equal": got == flat,
+def _megalm(texts: list[str], tokenizer: Path) -> tuple[float, int]:
+    """CPU-seconds, and tokens."""
+    plugin = _loaded(tokenizer)
+    began = time.process_time()
+    tokens = sum(len(plugin.encode_documents(batch)[0]) for batch in _batches(texts))
+    return time.process_time() - began, tokens
+
+
+def _tokenizers(texts: list[str], tokenizer: Path) -> tuple[float, int]:
+    plugin = _loaded(tokenizer)
+    began = time.process_time()
+    tokens = sum(map(len, plugin.encode_batch(texts)))
+    return time.process_time() - began, tokens
+
+
+def _fast_path(corpus: Path, tokenizer: Path) -> tuple[float, int]:
+    """The call that Megatron-LM's fast path makes, which reads the file as well."""
+    from gigatoken import JsonlFileSource, Tokenizer
+
+    engine = Tokenizer.from_json(tokenizer.read_text(encoding="utf-8"))
+    began = time.process_time()
+    found = engine.encode_files(JsonlFileSource([str(corpus)], field="text"), parallel=False)
+    seconds = time.process_time() - began
+    return seconds, sum(map(len, found))
+
+
+def encoding(corpus: Path, texts: list[str], tokenizer: Path, rounds: int) -> dict[str, Any]:
+    """MB/s and tokens/s of CPU-time: the plugin's, those of the fast path's call, and tokenizers' for a part."""
+    sizes = list(itertools.accumulate(len(text.encode()) for text in texts))
+    few = 1 + sum(total <= _REFERENCE_BYTES for total in sizes)
+    contenders: dict[str, tuple[Callable[[], tuple[float, int]], int]] = {
+        "megalm": (partial(_megalm, texts, tokenizer), sizes[-1]),
+        "tokenizers": (partial(_tokenizers, texts[:few], tokenizer), sizes[:few][-1]),
     }
+    if importlib.util.find_spec("gigatoken") and importlib.util.find_spec("awkward"):
+        contenders["fast path"] = (partial(_fast_path, corpus, tokenizer), sizes[-1])
+    else:
+        print("without the fast path: it needs gigatoken and awkward", file=sys.stderr)
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, (run, _size) in contenders.items():
+            found[name].append(run())
+    result = {}
+    for name, (_run, size) in contenders.items():
+        seconds = statistics.median(second for second, _ in found[name])
+        result[name] = {"mb_per_s": size / 1e6 / seconds, "tokens_per_s": found[name][0][1] / seconds}
+        print(f"tokenising, {name}: {result[name]['mb_per_s']:.1f} MB/s of CPU-time", flush=True)
+    return result
+
+
+def identity(texts: Iterable[str], tokenizer: Path, limit: int | None) -> dict[str, int]:
+    """How many documents have other ids than tokenizers gives them, among the first ``limit`` bytes."""
+    plugin = _loaded(tokenizer)
+    counts = {"bytes": 0, "documents": 0, "tokens": 0, "mismatches": 0}
+    for batch in _batches(list(texts)):
+        if limit is not None and counts["bytes"] >= limit:
+            break
+        ids, lengths = plugin.encode_documents(batch)
+        expected = plugin.encode_batch([text for (text,) in batch])
+        stops = np.cumsum(lengths).tolist()
+        for stop, size, wanted, (text,) in zip(stops, lengths.tolist(), expected, batch, strict=True):
+            counts["mismatches"] += ids[stop - size : stop].tolist() != wanted
+            counts["documents"] += 1
+            counts["tokens"] += size
+            counts["bytes"] += len(text.encode())
+    print(f"identity: {counts['documents']} documents, {counts['bytes']} bytes, mismatches = {counts['mismatches']}")
+    return counts
 
 
 def commands(
@@ -153,7 +201,13 @@ def whole(corpus: Path, tokenizer: Path, megatron: Path | None, rounds: int, wor
     for name in contenders:
         all_of_it, start = statistics.median(seconds[name]), statistics.median(starts[name])
         result[name] = {"seconds": all_of_it, "start_up": start, "mb_per_s": size / max(all_of_it - start, 1e-9)}
+        print(f"{name}: {all_of_it:.2f} s, of them start-up {start:.2f}; {result[name]['mb_per_s']:.1f} MB/s")
     return result
+
+
+def _texts(corpus: Path) -> list[str]:
+    with corpus.open(encoding="utf-8") as rows:
+        return [json.loads(row)["text"] for row in rows]
 
 
 def main() -> None:
@@ -162,21 +216,28 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--megatron", type=Path)
+    parser.add_argument("--identity", type=Path, help="rows to compare completely with tokenizers")
+    parser.add_argument("--only", choices=("encoding", "identity", "commands"), help="measure nothing else")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="record the result in benchmarks/results")
     options = parser.parse_args()
-    texts = [json.loads(line)["text"] for line in options.corpus.open(encoding="utf-8")]
-    with tempfile.TemporaryDirectory() as work:
-        results = {
-            "encoding": encoding(texts, options.tokenizer, options.rounds),
-            "commands": whole(options.corpus, options.tokenizer, options.megatron, options.rounds, Path(work)),
-        }
+    texts = _texts(options.corpus)
+    results: dict[str, Any] = {}
+    if options.only in (None, "encoding"):
+        results["encoding"] = encoding(options.corpus, texts, options.tokenizer, options.rounds)
+    if options.only in (None, "identity"):
+        other = options.identity
+        results["identity"] = identity(
+            texts if other is None else _texts(other), options.tokenizer, _REFERENCE_BYTES if other is None else None
+        )
+    if options.only in (None, "commands"):
+        with tempfile.TemporaryDirectory() as work:
+            results["commands"] = whole(options.corpus, options.tokenizer, options.megatron, options.rounds, Path(work))
     found = {
         "rounds": options.rounds,
         "corpus": {"bytes": sum(len(text.encode()) for text in texts), "documents": len(texts)},
         "results": results,
     }
-    print(json.dumps(found, indent=1))
     if options.write:
         write_record("data", found, peers=("tokenizers", "gigatoken", "numpy"))
 

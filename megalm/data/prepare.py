@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
 from megalm.data import manifest as manifests
 from megalm.data.cleaning.cleaner import Cleaning, check_cleaning
@@ -84,24 +85,26 @@ def prepare(
     work = Work(documents, text_key, skip, max_document, sentences, cleaning)
     options: dict[str, str | float] = {"validation": validation, "documents": documents, "text_key": text_key}
     options |= cleaning.options() | ({} if sentences else {"sentences": "no"}) | ({"on_error": "skip"} if skip else {})
-    with new_folder(out, overwrite=overwrite, is_ours=is_store, what="token store") as folder:
-        plan = _Plan(found, work, tokenizer)
-        with _shards_beside(out, plan.worth_keeping) as place:
-            plan.run(place, component, workers, progress)
-            shards = plan.shards(place)
-            eos, size = tokenizer.special.eos, tokenizer.vocab_size
-            merge = Merge([shard for group in shards for shard in group], size, eos, cleaning, folder)
-            parts = merge.write(Split(validation), PARTS if validation else PARTS[:1], str(found.files[0].path))
-            result = Manifest(
-                tokenizer=add_tokenizer(tokenizer, component, folder),
-                parts=parts,
-                sources=plan.sources(place),
-                options=options,
-                preparation=_record(found, [shard for group in shards for _, shard in group], merge.removed),
-                dropped_documents=sum(shard.dropped for group in shards for _, shard in group),
-            )
-            result.write(folder)
-    shutil.rmtree(_place(out), ignore_errors=True)
+    plan = _Plan(found, work, tokenizer)
+    with (
+        _Place(out, plan.worth_keeping) as beside,
+        new_folder(out, overwrite=overwrite, is_ours=is_store, what="token store") as folder,
+    ):
+        place = beside.take()
+        plan.run(place, component, workers, progress)
+        shards = plan.shards(place)
+        eos, size = tokenizer.special.eos, tokenizer.vocab_size
+        merge = Merge([shard for group in shards for shard in group], size, eos, cleaning, folder)
+        parts = merge.write(Split(validation), PARTS if validation else PARTS[:1], str(found.files[0].path))
+        result = Manifest(
+            tokenizer=add_tokenizer(tokenizer, component, folder),
+            parts=parts,
+            sources=plan.sources(place),
+            options=options,
+            preparation=_record(found, [shard for group in shards for _, shard in group], merge.removed),
+            dropped_documents=sum(shard.dropped for group in shards for _, shard in group),
+        )
+        result.write(folder)
     return result
 
 
@@ -202,28 +205,46 @@ def _record(found: Inputs, shards: Sequence[Shard], repeats: dict[str, int]) -> 
     )
 
 
-def _place(out: Path) -> Path:
-    out = Path(os.path.abspath(out))
-    return out.parent / f".{out.name}.prepare"
+class _Place:
+    """The folder of finished pieces beside the store, for this process alone. It goes when the block ends, while it is
+    still locked; where the block raises, it stays if there is enough in it."""
 
+    def __init__(self, out: Path, worth_keeping: Callable[[Path], bool]) -> None:
+        self._out = out
+        absolute = Path(os.path.abspath(out))
+        self._path = absolute.parent / f".{absolute.name}.prepare"
+        self._worth_keeping = worth_keeping
+        self._lock = -1
 
-@contextmanager
-def _shards_beside(out: Path, worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
-    """The folder of finished pieces, for this process alone. It stays behind where the block raises and there is
-    enough in it."""
-    place = _place(out)
-    place.mkdir(exist_ok=True)
-    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    def take(self) -> Path:
+        """Make the folder, or find it, and lock it. DataError where another process has."""
+        while True:
+            self._path.mkdir(exist_ok=True)
+            lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise DataError(
+                    f"{self._out}: another process is preparing this store; wait for it, or end it"
+                ) from None
+            # Whoever had it may have removed it before it was locked here.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self._path)):
+                    self._lock = lock
+                    return self._path
+            os.close(lock)
+
+    def __enter__(self) -> _Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock < 0:
+            return
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{out}: another process is preparing this store; wait for it, or end it") from None
-        try:
-            yield place
+            if kind is None or not self._worth_keeping(self._path):
+                shutil.rmtree(self._path, ignore_errors=True)
         finally:
-            if not worth_keeping(place):
-                with suppress(OSError):
-                    shutil.rmtree(place)
-    finally:
-        os.close(lock)
+            os.close(self._lock)

@@ -61,6 +61,7 @@ class HFTokenizer(Tokenizer):
     """Whatever a ``tokenizer.json`` describes. Special tokens are recognised by their common names."""
 
     Config = HFConfig
+    libraries = ("tokenizers", "gigatoken")
 
     def __init__(self, text: str, source: str) -> None:
         """``text`` is the contents of a tokenizer.json; ``source`` names it in messages."""
@@ -126,13 +127,13 @@ class HFTokenizer(Tokenizer):
             ids = [np.array(found, dtype=np.int64) for found in self.encode_batch([t.decode("utf-8") for t in texts])]
         joined = np.concatenate([*ids, np.zeros(0, dtype=ids[0].dtype if ids else np.int64)])
         sizes = self._byte_lengths[joined]
-        ends = np.cumsum(sizes)
-        tokens = np.cumsum([0, *map(len, ids)])
+        counts = np.array([len(found) for found in ids], dtype=np.int64)
         # Every token must stand for its own bytes, or places in the text cannot be told from their sum.
-        if not np.array_equal(np.concatenate(([0], ends))[tokens], np.cumsum([0, *map(len, texts)])):
+        if not np.array_equal(_sums(sizes, counts), [len(text) for text in texts]):
             return super().encode_documents(documents)
         if all(len(document) == 1 for document in documents):
-            return joined, np.diff(tokens)
+            return joined, counts
+        ends = np.cumsum(sizes, dtype=np.int64)
         places = np.cumsum([len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments])
         return joined, np.diff(np.searchsorted(ends - sizes, places, side="left"), prepend=0)
 
@@ -144,7 +145,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def _byte_lengths(self) -> np.ndarray | None:
-        """Bytes of text that each id stands for, (vocabulary,) int64, where the tokenizer is byte-level BPE that takes
+        """Bytes of text that each id stands for, (vocabulary,) int32, where the tokenizer is byte-level BPE that takes
         the text as it is; else None."""
         content = self._content
         split = content.get("pre_tokenizer") or {}
@@ -159,7 +160,7 @@ class HFTokenizer(Tokenizer):
             return None
         if not any(step.get("type") == "ByteLevel" for step in steps):
             return None
-        lengths = np.zeros(self._size, dtype=np.int64)
+        lengths = np.zeros(self._size, dtype=np.int32)
         for token, index in content["model"]["vocab"].items():
             lengths[index] = len(token)  # a character a byte
         return lengths
@@ -201,7 +202,7 @@ class HFTokenizer(Tokenizer):
     def special(self) -> SpecialTokens:
         return self._special
 
-    @property
+    @cached_property
     def identity(self) -> str:
         return self._identity
 
@@ -231,6 +232,15 @@ class HFTokenizer(Tokenizer):
 
     def token(self, index: int) -> str:
         return self._hf.id_to_token(index) or f"<unused {index}>"
+
+
+def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of runs of values, of so many each: int64 (runs,)."""
+    found = np.zeros(len(counts), dtype=np.int64)
+    some = np.flatnonzero(counts)
+    if len(some):
+        found[some] = np.add.reduceat(values, (np.cumsum(counts) - counts)[some], dtype=np.int64)
+    return found
 
 
 def _byte_characters() -> dict[str, int]:

@@ -58,6 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
     <pad>, <cls>, <sep> and <mask>."""
 
     Config = SentencePieceConfig
+    libraries = ("sentencepiece",)
 
     def __init__(self, model: bytes, source: str) -> None:
         """``model`` is a serialised model; ``source`` names it in messages."""

@@ -123,6 +123,34 @@ def test_a_batch_whose_sample_differs_is_encoded_by_the_reference(tokenizer, mon
     assert ids.tolist() == flat(found.encode_segments(documents))
 
 
+def test_characters_that_one_library_does_not_know(engine, campaign_seed):
+    """The engines know different versions of Unicode; one takes U+323B0 for a letter, after which 't is apart."""
+    draw = random.Random(campaign_seed)
+    newest = [*range(0x1C80, 0x1C90), *range(0xA7CB, 0xA7F2), *range(0x10940, 0x1095A), *range(0x323B0, 0x33480, 40)]
+    points = [*newest, *(draw.randrange(1, 0xD800) for _ in range(300)), *draw.choices(range(0xE000, 0x110000), k=300)]
+    documents = [[f"{chr(point)}'t a{chr(point)} 1{chr(point)}", "plain 中文 text"] for point in points]
+    ids, lengths = engine.encode_documents(documents)
+    expected = engine.encode_segments(documents)
+    assert ids.tolist() == flat(expected)
+    assert lengths.tolist() == [len(segment) for document in expected for segment in document]
+
+
+def test_which_texts_are_left_to_the_reference():
+    texts = ["plain", "中文 😀 é", "\u0378", "", "\U0003ffff", "a\U000323b0b", "\ue000"]
+    assert set(module.doubtful([text.encode() for text in texts])) - {5} == {2, 4}
+    assert module.doubtful([]) == []
+
+
+def test_empty_documents_have_no_tokens(engine):
+    """Alone, among others, and in sentences of which some are empty."""
+    for documents in ([[""]], [["", ""]], [[""], ["a b"], [""], [""], ["c"], [""]], [["", "a ", ""], [""], ["é"]]):
+        ids, lengths = engine.encode_documents(documents)
+        expected = engine.encode_segments(documents)
+        assert ids.tolist() == flat(expected)
+        assert lengths.tolist() == [len(segment) for document in expected for segment in document]
+        assert np.issubdtype(lengths.dtype, np.integer)
+
+
 def test_an_engine_that_fails_the_probes_is_not_used(tokenizer):
     gigatoken = pytest.importorskip("gigatoken")
     content = json.loads(tokenizer._text)

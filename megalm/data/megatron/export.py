@@ -36,9 +36,10 @@ def export_megatron(
     """Write ``store`` as ``PREFIX.bin`` and ``PREFIX.idx``; the two paths.
 
     ``sequences``: what is a sequence, "documents" or "sentences". The type of the tokens is the one that Megatron-LM
-    chooses for the vocabulary. Memory does not depend on the
-    store. The ``.idx`` file appears last, and is removed first where ``overwrite`` replaces an older dataset, so that
-    no index ever stands beside tokens that are not its own.
+    chooses for the vocabulary. Memory does not depend on the store. The ``.idx`` file appears last, and goes first
+    where ``overwrite`` replaces an older dataset, so that no index ever stands beside tokens that are not its own. The
+    older dataset is put back where the new one cannot take its place; after a kill, when another export to the prefix
+    begins.
 
     Raises DataError for an unknown ``sequences``, existing files, a sequence of more than 2**31 - 1 tokens, and
     where the files cannot be written; nothing is left then.
@@ -46,14 +47,15 @@ def export_megatron(
     if sequences not in SEQUENCES:
         raise DataError(f"sequences {sequences}: expected one of {', '.join(SEQUENCES)}")
     targets = paths(prefix)
-    for path in targets:
-        if os.path.lexists(path) and not overwrite:
-            raise DataError(f"{path}: exists already; choose another prefix, or replace it with --overwrite")
-        if os.path.isdir(path):
-            raise DataError(f"{path}: is a folder; choose another prefix")
     suffix = f".partial-{secrets.token_hex(4)}"
     partial = [path.with_name(path.name + suffix) for path in targets]
     try:
+        _recover(targets)
+        for path in targets:
+            if os.path.lexists(path) and not overwrite:
+                raise DataError(f"{path}: exists already; choose another prefix, or replace it with --overwrite")
+            if os.path.isdir(path):
+                raise DataError(f"{path}: is a folder; choose another prefix")
         targets[0].parent.mkdir(parents=True, exist_ok=True)
         dtype = dtype_for(store.vocab_size)
         with open(partial[0], "wb") as out:
@@ -62,10 +64,7 @@ def export_megatron(
             _write_index(out, store, dtype, sequences == "documents")
         for path in partial:
             sync(path)
-        targets[1].unlink(missing_ok=True)
-        for source, target in zip(partial, targets, strict=True):
-            os.replace(source, target)
-        sync(targets[0].parent)
+        _put_in_place(partial, targets)
     except OSError as error:
         raise DataError(
             f"{error.filename or targets[0]}: cannot write the dataset: {error.strerror or error}"
@@ -75,6 +74,34 @@ def export_megatron(
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     return targets
+
+
+def _aside(targets: tuple[Path, Path]) -> tuple[Path, Path]:
+    tokens, index = (path.with_name(f".{path.name}.megalm-replaced") for path in targets)
+    return tokens, index
+
+
+def _put_in_place(partial: list[Path], targets: tuple[Path, Path]) -> None:
+    aside = _aside(targets)
+    try:
+        for target, old in zip(reversed(targets), reversed(aside), strict=True):
+            if target.exists():
+                os.replace(target, old)
+        for source, target in zip(partial, targets, strict=True):
+            os.replace(source, target)
+        sync(targets[0].parent)
+    finally:
+        _recover(targets)
+
+
+def _recover(targets: tuple[Path, Path]) -> None:
+    """After a replacement: where it was cut short, put the older dataset back, its index last; else remove that."""
+    whole = targets[1].exists()
+    for target, old in zip(targets, _aside(targets), strict=True):
+        if old.exists() and whole:
+            old.unlink()
+        elif old.exists():
+            os.replace(old, target)
 
 
 def _write_tokens(out: BinaryIO, store: TokenStore, dtype: str, progress: Progress | None) -> None:

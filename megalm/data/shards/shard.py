@@ -7,13 +7,17 @@ contents, so that what an interrupted run finished is found again, and found onl
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import unicodedata
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -26,7 +30,7 @@ from megalm.data.reading.units import Unit
 from megalm.errors import DataError
 from megalm.plugin.contract.tokenizer import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 RECORD = np.dtype([("key", "<u8"), ("hash", "<u8", (2,)), ("tokens", "<i8"), ("sentences", "<i8")])
 """A document: hash that decides its part, hash of its text, tokens, sentences."""
 NAME = "shard.json"
@@ -64,9 +68,22 @@ class Job:
                 "unit": [self.unit.start, self.unit.stop, self.file.kind, self.file.packing],
                 "tokenizer": tokenizer.identity,
                 "unicode": unicodedata.unidata_version,
+                "versions": _versions(
+                    "megalm", *tokenizer.libraries, *(["py3langid"] if work.cleaning.languages else [])
+                ),
                 "work": {**asdict(work), "cleaning": work.cleaning.model_dump(mode="json")},
             }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _versions(*distributions: str) -> dict[str, str]:
+    """Of libraries that decide what becomes of a text; those that are not installed decide nothing."""
+    found = {}
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @dataclass
@@ -83,7 +100,7 @@ class Shard:
     scrubbed: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     files: dict[str, list[Any]] = field(default_factory=dict)
-    """Bytes and BLAKE2b digest of each file."""
+    """Bytes and CRC-32 of each file: accidents are to be found, as in the store."""
 
     @classmethod
     def read(cls, folder: Path) -> Shard | None:
@@ -110,11 +127,13 @@ class ShardData:
         return self._map("signatures", np.dtype("<u4")).reshape(-1, PLACES)
 
     def verify(self) -> None:
-        """Compare every file with its digest."""
-        for name, (_, digest) in self._shard.files.items():
+        """Compare every file with its CRC-32."""
+        for name, (_, expected) in self._shard.files.items():
+            found = 0
             with open(self._folder / name, "rb") as file:
-                found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            if found != digest:
+                while data := file.read(1 << 20):
+                    found = crc32(data, found)
+            if found != expected:
                 raise DataError(
                     f"{self._folder / name}: the intermediate file was altered; remove {self._folder} and prepare again"
                 )

@@ -48,6 +48,10 @@ class Tokenizer(ABC):
     Config: ClassVar[type[Settings]] = Settings
     """Settings of :meth:`train`."""
 
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Names of installed distributions that compute the ids: work that a preparation left unfinished is not gone on
+    with by other versions of them."""
+
     @classmethod
     @abstractmethod
     def train(cls, texts: Iterable[str], cfg: Any) -> Tokenizer:

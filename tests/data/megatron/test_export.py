@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -126,3 +127,39 @@ def test_from_text_to_megatron_and_back_on_the_command_line(tmp_path):
     found = run(app, ["inspect", back, "--verify"])
     assert found.exit_code == 0, found.output
     assert run(app, ["baselines", back]).output == run(app, ["baselines", store]).output
+
+
+def _exported(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_replacement_that_fails_half_way_leaves_the_old_dataset(tmp_path, monkeypatch, moment, killed):
+    """Four renames replace a dataset; where one of them fails, or the process ends there, the old one is kept."""
+    old = _store(tmp_path / "old", [[[1, 2], [3]], [[4]]], 300, None)
+    new = _store(tmp_path / "new", [[[9, 8, 7]]], 300, None)
+    out = tmp_path / "out"
+    export_megatron(old, out / "d")
+    before = _exported(out)
+    replace, left = os.replace, [moment]
+
+    def failing(source, target):
+        left[0] -= 1
+        if left[0] == -1 or (killed and left[0] < 0):
+            raise OSError(5, "Input/output error", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        if killed:
+            patch.setattr(export, "_recover", lambda targets: None)
+        with pytest.raises(DataError, match="cannot write the dataset: Input/output error"):
+            export_megatron(new, out / "d", overwrite=True)
+    if killed:
+        with pytest.raises(DataError, match="exists already"):
+            export_megatron(new, out / "d")
+    assert _exported(out) == before
+    export_megatron(new, out / "d", overwrite=True)
+    assert sorted(_exported(out)) == ["d.bin", "d.idx"]
+    assert IndexedDataset(out / "d").num_sequences == 1

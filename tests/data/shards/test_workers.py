@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
+import importlib
+import importlib.metadata
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from megalm.data.reading.inputs import describe
 from megalm.data.reading.options import Reading
 from megalm.data.reading.source import Source
 from megalm.data.reading.units import plan_units
+from megalm.data.shards import shard
 from megalm.data.shards.shard import Job, Work
 from megalm.data.shards.workers import run_jobs, worker_tokenizer
 from megalm.data.store import PARTS, TokenStore
@@ -219,6 +224,93 @@ def test_two_writers_of_one_store(tmp_path, random_documents):
 
     with pytest.raises(DataError, match="another process is preparing this store"):
         prepare([path], ByteTokenizer(), tmp_path / "s", component="byte", progress=again)
+
+
+def test_finished_pieces_are_removed_under_their_lock(tmp_path, random_documents, monkeypatch):
+    """Else another process, which began when this one let go, would lose what it works on."""
+    (path,) = write_corpus(tmp_path / "in", random_documents)[:1]
+    place, remove, refused = tmp_path / ".s.prepare", shutil.rmtree, []
+
+    def watched(folder, **more):
+        if Path(folder) == place:
+            handle = os.open(place, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(True)
+            os.close(handle)
+        remove(folder, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    prepare([path], ByteTokenizer(), tmp_path / "s", component="byte")
+    assert refused == [True]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "s"]
+
+
+def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(tmp_path, random_documents, monkeypatch):
+    (path,) = write_corpus(tmp_path / "in", random_documents)[:1]
+    place, lock, times = tmp_path / ".s.prepare", fcntl.flock, [2]
+
+    def late(handle, how):
+        if times[0] and place.exists() and os.path.samestat(os.fstat(handle), place.stat()):
+            times[0] -= 1
+            shutil.rmtree(place)  # by the process that had it
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    prepare([path], ByteTokenizer(), tmp_path / "s", component="byte")
+    assert times == [0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "s"]
+
+
+def test_other_versions_of_an_engine_begin_anew(tmp_path, monkeypatch):
+    """A newer tokenizer library may give other ids: its pieces must not be joined with an older one's."""
+
+    class Engine(ByteTokenizer):
+        libraries = ("tokenizers", "not-installed")
+
+    def key(cleaning: Cleaning, tokenizer: ByteTokenizer) -> str:
+        shard._versions.cache_clear()
+        work = Work("blank-line", "text", False, 100, True, cleaning)
+        return Job(describe(path), unit).key(work, tokenizer)
+
+    path = tmp_path / "a.txt"
+    path.write_text("a\n\nb")
+    (unit,) = plan_units(describe(path), "blank-line")
+    languages = Cleaning.model_construct(**{**dict(Cleaning()), "languages": ("en",)})
+    cases = [(Cleaning(), ByteTokenizer(), "megalm"), (Cleaning(), Engine(), "tokenizers")]
+    for cleaning, tokenizer, name in [*cases, (languages, ByteTokenizer(), "py3langid")]:
+        found = {}
+        for version in ("1.0", "1.1"):
+            known = importlib.metadata.version
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    importlib.metadata, "version", lambda n, v=version, known=known, it=name: v if n == it else known(n)
+                )
+                found[version] = key(cleaning, tokenizer)
+        assert found["1.0"] != found["1.1"], name
+    shard._versions.cache_clear()
+
+
+def test_a_plugins_exception_in_a_worker_is_the_parents_error(tmp_path, random_documents, small_units, monkeypatch):
+    """Whatever a tokenizer plugin raises comes to the parent with its text, and ends every worker."""
+    module = tmp_path / "plugin" / "raising_tokenizer.py"
+    module.parent.mkdir()
+    module.write_text(
+        "from megalm_plugins.tokenizers.byte import ByteTokenizer\n"
+        "class Raising(ByteTokenizer):\n"
+        "    def encode_batch(self, texts):\n"
+        "        raise KeyError('no such merge: 4711')\n"
+        "    encode_segments = encode_documents = encode_batch\n"
+    )
+    monkeypatch.syspath_prepend(str(module.parent))
+    monkeypatch.setenv("PYTHONPATH", f"{module.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    raising = importlib.import_module("raising_tokenizer").Raising
+    paths = write_corpus(tmp_path / "in", random_documents)
+    for workers in (1, 2):
+        with pytest.raises(Exception, match="no such merge: 4711"):
+            prepare(paths, raising(), tmp_path / "s", component="byte", workers=workers)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "plugin"]
 
 
 def test_an_input_that_changes_is_noticed(tmp_path, random_documents):
