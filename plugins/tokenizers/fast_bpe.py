@@ -49,10 +49,14 @@ _PROBES = (
 )
 _LETTERS = "\u0860\U00010d00\U0001e100\U00030000\U00010570\U00031350\U0002ebf0\U00010d4a\U000323b0"
 """A letter that each version of Unicode added, from 10 to 17."""
-_SETTLED = ((0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0xD800, 0xF8FF), (0x20000, 0x2A6D6))
-"""Assigned since Unicode 3 or for private use: not asked for, to save time."""
-_LAST_ASKED = 0x3FFFF
-"""The planes above have no letters yet, but for a few tags and private use."""
+_SETTLED = (
+    *((0x3400, 0x4DB5), (0x4E00, 0x9FA5), (0xA000, 0xA48C), (0xAC00, 0xD7A3), (0xD800, 0xF8FF)),
+    *((0x17000, 0x187EC), (0x20000, 0x2A6D6), (0x2A700, 0x2B734), (0x2B740, 0x2B81D), (0x2B820, 0x2CEA1)),
+    (0x2CEB0, 0x2EBE0),
+)
+"""Assigned by Unicode 10, or for private use: not asked for, to save time."""
+_LAST_ASKED = 0x334FF
+"""Beyond are no letters yet, but a few tags and private use."""
 
 
 @functools.cache

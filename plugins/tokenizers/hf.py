@@ -202,7 +202,7 @@ class HFTokenizer(Tokenizer):
     def special(self) -> SpecialTokens:
         return self._special
 
-    @cached_property
+    @property
     def identity(self) -> str:
         return self._identity
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +19,13 @@ from megalm.config.load import load_config
 from megalm.errors import ConfigError, DataError
 from megalm.metrics import jsonl
 from megalm.parallel import rng
-from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import run_simulated
 from megalm.plugin.manager import PluginManager
 from megalm.testing.runs import load_run
 from megalm.train.prepare import prepare_run
 from megalm.train.run_folder import METRICS
+from megalm.train.streamed import StreamedSamples, train_samples
 from megalm.train.trainer import Trainer
 
 BLOCK = 700
@@ -144,6 +147,34 @@ def test_a_stream_ends_after_its_epochs(tmp_path: Path, store: Path, manager: Pl
         train(tmp_path, store, manager, *count, "train.steps=30", "checkpoint.every=1")
     done = [record for record in jsonl.read(tmp_path / "run" / METRICS) if "loss" in record]
     assert len(done) >= 4
+
+
+def test_epochs_may_be_raised_when_a_run_goes_on(
+    tmp_path: Path, store: Path, manager: PluginManager, source: Any
+) -> None:
+    kept = ("data_source.iterable.arguments={count=12}", "train.steps=10", "checkpoint.every=1")
+    whole = train(tmp_path / "whole", store, manager, *kept, "data.epochs=0")
+    with pytest.raises(DataError, match=r"in 1 epochs; raise data.epochs"):
+        train(tmp_path / "again", store, manager, *kept, "data.epochs=1")
+    assert train(tmp_path / "again", store, manager, *kept, "data.epochs=9") == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_streams_thread_ends_with_what_holds_it(
+    tmp_path: Path, store: Path, manager: PluginManager, source: Any
+) -> None:
+    settings = ["data.source=iterable", f"data_source.iterable.function={FUNCTION}", f"data.block={BLOCK}"]
+    settings += ["train.sequence_length=32", "data.epochs=0"]
+    load_run(tmp_path, store, overrides=settings, manager=manager)
+    prepared = prepare_run(load_config(tmp_path / "run.toml", settings, manager), manager, 1, "cpu")
+    before = set(threading.enumerate())
+    samples = train_samples(prepared, single_rank())
+    assert isinstance(samples, StreamedSamples)
+    samples.reach(0, 8)
+    (thread,) = set(threading.enumerate()) - before
+    del samples
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("dp", [2, 4])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -217,3 +219,17 @@ def test_identity_does_not_depend_on_the_place(tmp_path, write_dataset):
     assert one.links != two.links
     manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
     assert manifest["links"] == {"train": str(tmp_path / "elsewhere" / "d.bin")}
+
+
+def test_a_linked_store_takes_as_many_descriptors_as_room_is_made_for(tmp_path, write_dataset):
+    write_dataset(tmp_path / "a", [[[1, 2], [3]], [[4]]])
+    write_dataset(tmp_path / "b", [[[9]], [[8, 7]]])
+    _import(tmp_path / "a", tmp_path / "s", validation=0.1, validation_prefix=tmp_path / "b")
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    stores = [TokenStore.open(tmp_path / "s", part) for part in ("train", "validation")]
+    assert len(os.listdir("/proc/self/fd")) - before == 12
+    assert [store.num_documents for store in stores] == [2, 2]
+    del stores
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
