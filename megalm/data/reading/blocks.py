@@ -39,7 +39,8 @@ class Blocks:
         self.where = "byte offset {} of the uncompressed text" if file.packing else "byte offset {}"
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        offset, held, dropping = self.start, b"", False
+        # Grows and loses its beginning in place, where bytes would be copied whole for each block of a long document.
+        offset, held, dropping = self.start, bytearray(), False
         for chunk in self._chunks():
             fresh = max(0, len(held) - 8)
             held += chunk
@@ -47,19 +48,23 @@ class Blocks:
             if cut and dropping:
                 first = self._boundary.search(held)  # type: ignore[union-attr]  # where there is a cut
                 skip = first.end() if first is not None else cut
-                offset, held, dropping, cut = offset + skip, held[skip:], False, cut - skip
+                del held[:skip]
+                offset, dropping, cut = offset + skip, False, cut - skip
             if cut:
-                yield from self._decode(held[:cut], offset)
-                offset, held = offset + cut, held[cut:]
-            if dropping:
-                offset, held = offset + max(0, len(held) - 8), held[-8:]
-            elif len(held) > self._reading.max_document:
+                whole = bytes(memoryview(held)[:cut])
+                del held[:cut]
+                yield from self._decode(whole, offset)
+                offset += cut
+            if not dropping and len(held) > self._reading.max_document:
                 self._too_long(offset)
-                offset, held, dropping = offset + len(held) - 8, held[-8:], True
+                dropping = True
+            if dropping and len(held) > 8:
+                offset += len(held) - 8
+                del held[:-8]
         if held and not dropping:
             yield from self._decode(held, offset)
 
-    def _last_boundary(self, held: bytes, fresh: int) -> int:
+    def _last_boundary(self, held: bytearray, fresh: int) -> int:
         """End of the last boundary that does not reach the end of what is held, 0 where there is none."""
         if self._boundary is None:
             return 0
@@ -118,7 +123,7 @@ class Blocks:
             self._reading.skipped["rest of a damaged file"] += 1
             return
 
-    def _decode(self, raw: bytes, offset: int) -> Iterator[tuple[str, int]]:
+    def _decode(self, raw: bytes | bytearray, offset: int) -> Iterator[tuple[str, int]]:
         if offset == 0 and raw.startswith(_BOM):
             offset, raw = len(_BOM), raw[len(_BOM) :]
         try:
