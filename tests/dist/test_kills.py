@@ -38,15 +38,16 @@ LAYOUTS = {
 KILLS = 40
 """Of each layout, 200 in all."""
 POINTS = {
-    # name: (event, text in one of its arguments, whether only rank 0 comes by)
+    # name: (event, text in one of its arguments, whether only rank 0 comes by). All are after the ranks have met:
+    # before, a launcher ends those that are left.
     "the folder is made": ("os.mkdir", ".step-", True),
     "weights are begun": ("open", "weights-", False),
     "weights are half written": ("call os.write", "weights-", False),
     "weights are not synced": ("call os.fsync", "weights-", False),
     "optimizer is half written": ("call os.write", "optimizer-", False),
     "optimizer is not synced": ("call os.fsync", "optimizer-", False),
-    "the manifest is begun": ("open", "manifest.json", True),
-    "the manifest is not synced": ("call os.fsync", "manifest.json", True),
+    "the manifest is begun": ("open", ".tmp/manifest.json", True),
+    "the manifest is not synced": ("call os.fsync", ".tmp/manifest.json", True),
     "before the rename": ("os.rename", ".step-", True),
     "after the rename": ("tempfile.mkstemp", ".latest.", True),
     "before latest moves": ("os.rename", ".latest.", True),
