@@ -36,6 +36,7 @@ from typing import Any
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(ONE_THREAD)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second start finds compiled modules, whoever wrote them
 
 import numpy as np  # noqa: E402  # threads are chosen before libraries load
 from record import write_record  # noqa: E402
