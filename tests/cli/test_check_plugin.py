@@ -347,7 +347,8 @@ def test_a_terminal_shows_a_table_that_grows(broken):
 
 
 def test_an_interrupt_ends_it_without_a_traceback(good):
-    status, shown = terminal(["good"], until=b"training_repeats", then=signal.SIGINT)
+    # What follows is the longest: what comes after it is over before a busy reader has sent anything.
+    status, shown = terminal(["good"], until=b"torch_free_import", then=signal.SIGINT)
     assert status == 130
     assert "Traceback" not in shown
     assert "megalm: interrupted after" in shown
