@@ -7,13 +7,14 @@ be imported. Start-up is the wall time from nothing to the first sample, in a pr
 corpus of short documents (50 tokens) and for one ten times larger. Rates are random samples per CPU-second of one
 thread, of a tenth as many documents of 500 tokens, contenders by turns, medians; megalm's are whole microbatches as
 training gets them, randomness included. Memory is what the process holds for itself (RssAnon) after the samples, over
-before.
+before; of a loader of four threads, in a process of its own, over what it held before the store was opened.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import statistics
 import sys
@@ -69,7 +70,7 @@ def make_store(folder: Path, documents: int, sentence: int) -> Path:
 
 
 def megalm_feed(
-    folder: Path, store: Path, objective: str, length: int, manager: PluginManager, *overrides: str
+    folder: Path, store: Path, objective: str, length: int, manager: PluginManager, *overrides: str, workers: int = 0
 ) -> Draw:
     """Steps of a run, each of one microbatch."""
     folder.mkdir(parents=True)
@@ -87,6 +88,7 @@ def megalm_feed(
         micro_batch=MICRO_BATCH,
         dp_index=0,
         dp_size=1,
+        workers=workers,
     )
 
     def draw(samples: int) -> None:
@@ -201,6 +203,9 @@ def starts(folder: Path, sizes: list[int], manager: PluginManager, megatron: boo
                 )
                 seconds.append(timed(partial(_first, prepared.objective, store))[0])
             row[f"megalm {objective}"] = seconds
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                given = (folder / f"loader-{documents}-{objective}", store, objective, length)
+                row[f"{objective} loader MiB"] = pool.apply(_loader_mib, given)
         if megatron:
             prefix = folder / f"{documents}-megatron" / "data"
             export_megatron(TokenStore.open(store, "train"), prefix)
@@ -209,14 +214,26 @@ def starts(folder: Path, sizes: list[int], manager: PluginManager, megatron: boo
             for name in ("megatron, no cache", "megatron, cached"):
                 row[name] = timed(partial(_first_of, *given))[0]
         found.append(row)
-        times = {key: np.median(value) for key, value in row.items() if not isinstance(value, int)}
+        times = {key: np.median(value) for key, value in row.items() if key.startswith("meg")}
         print(f"{documents} documents: " + ", ".join(f"{key} {1e3 * value:.1f} ms" for key, value in times.items()))
+        print(", ".join(f"{key} {value:.1f}" for key, value in row.items() if key.endswith("MiB")))
     return found
 
 
 def _first(objective: Any, store: Path) -> object:
     train = TokenStore.open(store, "train")
     return TrainFeed(objective, train, seed=1, global_batch=1, micro_batch=1, dp_index=0, dp_size=1).step(0)
+
+
+def _loader_mib(folder: Path, store: Path, objective: str, length: int) -> float:
+    """What a loader holds after 200 microbatches from all over the store."""
+    torch.set_num_threads(1)
+    manager = PluginManager.for_launch(None)
+    small = make_store(folder / "warm-up", 1000, 50)
+    megalm_feed(folder / "once", small, objective, length, manager)(10 * MICRO_BATCH)
+    before = anonymous_mib()
+    megalm_feed(folder / "loader", store, objective, length, manager, workers=4)(200 * MICRO_BATCH)
+    return anonymous_mib() - before
 
 
 def _first_of(*given: Any) -> object:
