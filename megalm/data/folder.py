@@ -58,7 +58,7 @@ def _check_free(out: Path, overwrite: bool, is_ours: Callable[[Path], bool], wha
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise DataError(f"{out}: exists already; choose another output folder, or replace the {what} in it with --overwrite")
+        raise DataError(f"{out}: exists already; choose another folder, or replace the {what} in it with --overwrite")
     if not is_ours(out):
         raise DataError(f"{out}: holds something else than a {what}, so it is not overwritten; choose another folder")
 
