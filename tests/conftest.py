@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,12 @@ SEED = int(os.environ.get("MEGALM_SEED") or random.SystemRandom().randrange(2**3
 """Drives every randomly drawn layout and case of this session; ``MEGALM_SEED`` repeats one."""
 
 FakeDist = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with interrupts ignored, and programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

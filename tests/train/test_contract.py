@@ -37,13 +37,15 @@ COLLATE: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("way", ["collate", "build_batch"])
 @pytest.mark.parametrize("fault", COLLATE)
-def test_collate(fault: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows(fault: str, way: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare()
     change, message = COLLATE[fault]
     cls = part_of(prepared)
-    correct = cls.collate
-    monkeypatch.setattr(cls, "collate", lambda self, examples: change(correct(self, examples)))
+    correct = getattr(cls, way)
+    monkeypatch.setattr(cls, way, lambda self, *given: change(correct(self, *given)))
+    monkeypatch.setattr(prepared.objective, "builds_batches", way == "build_batch")
     with pytest.raises(ObjectiveError, match=message):
         step(prepared)
 
