@@ -29,7 +29,7 @@ Reference = Callable[[list[str]], list[list[int]]]
 """Ids of texts by the library that the ids must equal."""
 
 _FORGET_BYTES = 1 << 30
-_SAMPLE_CHARACTERS = 1024
+_SAMPLE_CHARACTERS = 512
 _PROBES = (
     "",
     " ",
@@ -55,6 +55,8 @@ _SETTLED = (
     (0x2CEB0, 0x2EBE0),
 )
 """Assigned by Unicode 10, or for private use: not asked for, to save time."""
+_LAST_LATIN = 0x24F
+"""Up to here everything is assigned."""
 _LAST_ASKED = 0x334FF
 """Beyond are no letters yet, but a few tags and private use."""
 
@@ -83,7 +85,7 @@ def doubtful(texts: Sequence[bytes]) -> list[int]:
 
 def _any_unassigned(text: bytes) -> bool:
     points = np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4")
-    return bool(unassigned()[points].any())
+    return bool(unassigned()[points[points > _LAST_LATIN]].any())
 
 
 def fast_bpe(content: dict[str, Any], special: Sequence[str], reference: Reference) -> FastBPE | None:

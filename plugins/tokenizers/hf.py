@@ -126,13 +126,13 @@ class HFTokenizer(Tokenizer):
         if ids is None:
             ids = [np.array(found, dtype=np.int64) for found in self.encode_batch([t.decode("utf-8") for t in texts])]
         joined = np.concatenate([*ids, np.zeros(0, dtype=ids[0].dtype if ids else np.int64)])
-        sizes = self._byte_lengths[joined]
         counts = np.array([len(found) for found in ids], dtype=np.int64)
+        if all(len(document) == 1 for document in documents):
+            return joined, counts
+        sizes = self._byte_lengths[joined]
         # Every token must stand for its own bytes, or places in the text cannot be told from their sum.
         if not np.array_equal(_sums(sizes, counts), [len(text) for text in texts]):
             return super().encode_documents(documents)
-        if all(len(document) == 1 for document in documents):
-            return joined, counts
         ends = np.cumsum(sizes, dtype=np.int64)
         places = np.cumsum([len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments])
         return joined, np.diff(np.searchsorted(ends - sizes, places, side="left"), prepend=0)
