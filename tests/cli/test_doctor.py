@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from megalm.cli import doctor
 from megalm.cli.app import app
 from megalm.native import build
+from megalm.native.toolchain import find_compiler
 from megalm.ops.native.library import Absent, Library, library
 from megalm.plugin.contract.kernels import OPERATIONS
 
@@ -61,6 +62,8 @@ BAD = {
 def test_what_is_wrong_is_said_without_a_traceback(name: str, tmp_path: Path) -> None:
     if not isinstance(build.installed(), str):
         pytest.skip("the installation's libraries serve whatever is missing")
+    if name == "unwritable cache" and find_compiler() is None:
+        pytest.skip("nothing is to be written without a compiler")
     variables, said = BAD[name]
     ended = run(**{"MEGALM_CACHE": str(tmp_path), **variables})
     assert ended.returncode == 0, ended.stderr
