@@ -57,20 +57,11 @@ class TensorRecord(_Model):
     slices: list[Slice]
 
 
-class _Sealed(_Model):
-    """A manifest that has its own hash."""
+class _Contents(_Model):
+    """What every format has. The hash is over the fields in their order, so a format's own follow."""
 
     sha256: str = ""
     """Of everything else, see :meth:`digest`; so that a flipped bit in a counter shows as well."""
-
-    def digest(self) -> str:
-        """Hex SHA-256 of the manifest's values, whatever the white space of its file."""
-        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
-
-
-class Manifest(_Sealed):
-    """The whole of ``manifest.json``."""
-
     format: int
     step: Count
     """Optimizer steps done."""
@@ -80,6 +71,15 @@ class Manifest(_Sealed):
     """State of the optimizer that is one number for all weights."""
     weights: dict[str, TensorRecord]
     optimizer: dict[str, TensorRecord]
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the manifest's values, whatever the white space of its file."""
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
+
+
+class Manifest(_Contents):
+    """The whole of ``manifest.json``."""
+
     files: dict[str, FileRecord]
     algorithm: str = ALGORITHM
     """Of the files' hashes: a name of :data:`megalm.checkpoint.hashing.HASHES`."""
@@ -94,30 +94,15 @@ class _FirstFileRecord(_Model):
     sha256: str
 
 
-class _FirstManifest(_Sealed):
-    """Format 1. Its hash is over these fields in this order."""
+class _FirstManifest(_Contents):
+    """Format 1."""
 
-    format: int
-    step: Count
-    state: dict[str, Any]
-    scalars: dict[str, float]
-    weights: dict[str, TensorRecord]
-    optimizer: dict[str, TensorRecord]
     files: dict[str, _FirstFileRecord]
 
     def renewed(self) -> Manifest:
         """The same values in today's form."""
-        return Manifest(
-            format=self.format,
-            step=self.step,
-            state=self.state,
-            scalars=self.scalars,
-            weights=self.weights,
-            optimizer=self.optimizer,
-            files={name: FileRecord(size=r.size, hash=r.sha256) for name, r in self.files.items()},
-            algorithm="sha256",
-            sha256=self.sha256,
-        )
+        files = {name: FileRecord(size=r.size, hash=r.sha256) for name, r in self.files.items()}
+        return Manifest(**{**dict(self), "files": files, "algorithm": "sha256"})
 
 
 class _Format(BaseModel):

@@ -25,6 +25,8 @@ import pytest
 
 from megalm.checkpoint.folders import complete_checkpoints, open_whole
 
+from .result import Result
+
 pytestmark = pytest.mark.dist
 STEPS, EVERY = 9, 2
 COMMON = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "model.dropout=0.2", "eval.every=3"]
@@ -55,23 +57,6 @@ POINTS = {
     "after a prune's rename": ("shutil.rmtree", ".pruned-", True),
     "amid a prune": ("os.remove", "optimizer-00001", True),
 }
-
-
-@dataclass
-class Result:
-    """What must not depend on interruptions."""
-
-    sha256: str
-    records: list[dict[str, Any]]
-    eval_loss: float
-
-    @classmethod
-    def read(cls, run: Path) -> Result:
-        summary = json.loads((run / "summary.json").read_text())
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for record in records:
-            record.pop("tokens_per_second", None)
-        return cls(summary["weights_sha256"], records, summary["eval_loss"])
 
 
 @dataclass

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .result import Result
+
 pytestmark = pytest.mark.dist
 COMMON = ["train.steps=9", "checkpoint.every=2", "model.dropout=0.2", "eval.every=3"]
 LAYOUT = ["parallel.tp=2", "parallel.sp=true", "model.attention_dropout=0.1", "train.micro_batch=4"]
-
-
-@dataclass
-class Result:
-    """What must not depend on interruptions."""
-
-    sha256: str
-    records: list[dict[str, Any]]
-    eval_loss: float
-
-    @classmethod
-    def read(cls, run: Path) -> Result:
-        summary = json.loads((run / "summary.json").read_text())
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for record in records:
-            record.pop("tokens_per_second", None)
-        return cls(summary["weights_sha256"], records, summary["eval_loss"])
 
 
 def test_killed_under_torchrun(write_config: Any, fork: Any, torchrun: Any, tmp_path: Path) -> None:
