@@ -8,7 +8,8 @@ starts with another one, and medians are reported; the time of a round is that o
 
 Saving is timed twice: until the values are the operating system's ("written"; nobody syncs) and until they would
 survive a power failure ("durable"; the files of those that do not sync are synced for them). megalm hashes in both, the
-others never do. Loads come from the page cache; megalm's verification (the hash of every file) is a row of its own.
+others never do. Loads come from the page cache, into which a contender's files are read before its turn: all of them
+together need more memory than many a machine has. megalm's verification (the hash of every file) is a row of its own.
 "blocked" is how long an asynchronous save holds up a step, beside one copy of the state from memory to memory.
 
 safetensors and torch.save have one file a rank and do not reshard. DCP's planner exchanges pickles between ranks.
@@ -127,6 +128,16 @@ class Peers:
             ("torch.save", lambda: copied(torch.load(self.file("torch"), mmap=True, weights_only=True))),
         ]
 
+    def warm(self, name: str, root: Path | None = None) -> None:
+        """Bring what a contender has written into the page cache."""
+        where = root or self.root
+        block = bytearray(1 << 22)
+        for path in [where / name, *(where / name).rglob("*"), *where.glob(f"{name}-*")]:
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(block):
+                        pass
+
     def clear(self) -> None:
         """Remove every contender's files; all ranks call it."""
         self.state.parallel.world.barrier()
@@ -208,12 +219,15 @@ def measure(parallel: ParallelContext, parameters: int, rounds: int, home: Path)
         for name, act in turned(peers.loaders(), number):
             for tensor in state.tensors.values():
                 tensor.zero_()
+            peers.warm(name.replace("torch.save", "torch"))
             note("load", name, timed(parallel, act))
             assert state.checksum() == expected, f"{name} has not loaded what was saved"
         note("verify", "megalm", timed(parallel, lambda: verify_files(folder, read_manifest(folder), share)))
         if (other / "dcp").exists():
             for name, act in turned(peers.loaders(other), number):
+                peers.warm(name, other)
                 note("load, other layout", name, timed(parallel, act))
+            peers.warm("megalm")
             note("load, other layout", "megalm, same layout", timed(parallel, peers.loaders()[0][1]))
         for name, tensor in copies.items():  # the first touch is over
             tensor.copy_(state.tensors[name])

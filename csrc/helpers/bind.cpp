@@ -11,6 +11,7 @@
 #include "helpers/masking.h"
 #include "helpers/packing.h"
 #include "helpers/permutation.h"
+#include "helpers/rows.h"
 #include "helpers/windows.h"
 
 namespace py = pybind11;
@@ -81,6 +82,27 @@ std::vector<std::tuple<int64_t, int64_t, bool>> packed_row(const Ids& edges, int
   return found;
 }
 
+void copy_rows(py::array& to, const py::array& from) {
+  const py::ssize_t dimensions = to.ndim(), size = to.itemsize();
+  if (dimensions == 0 || from.ndim() != dimensions || from.itemsize() != size || !to.writeable())
+    throw std::invalid_argument("two arrays of one shape and width, of which the first can be written");
+  megalm::helpers::Rows rows{{}, {}, {}, to.shape(dimensions - 1) * size};
+  for (py::ssize_t i = 0; i < dimensions; ++i) {
+    if (from.shape(i) != to.shape(i)) throw std::invalid_argument("two arrays of one shape");
+    if (i + 1 == dimensions) break;
+    rows.shape.push_back(to.shape(i));
+    rows.from.push_back(from.strides(i));
+    rows.to.push_back(to.strides(i));
+  }
+  if (to.size() == 0) return;
+  if (to.shape(dimensions - 1) > 1 && (to.strides(dimensions - 1) != size || from.strides(dimensions - 1) != size))
+    throw std::invalid_argument("the last dimension must be contiguous in both");
+  const auto* source = static_cast<const char*>(from.data());
+  auto* place = static_cast<char*>(to.mutable_data());
+  const py::gil_scoped_release others;
+  megalm::helpers::copy_rows(rows, source, place);
+}
+
 }  // namespace
 
 // The one name that the module has in every file: megalm/native/helpers.py loads it from where it was built.
@@ -97,4 +119,6 @@ PYBIND11_MODULE(_megalm_helpers, m) {
   m.def("packed_row", &packed_row, py::arg("edges"), py::arg("stop"), py::arg("row"), py::arg("rows"),
         py::arg("length"),
         "(start, stop, whether the document ends) of each piece of a row. ValueError where edges do not fit.");
+  m.def("copy_rows", &copy_rows, py::arg("to"), py::arg("values"),
+        "Copy bits between arrays of one shape and width, past the cache. ValueError where they do not fit.");
 }

@@ -25,6 +25,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
         for shape in ((), (0, 3), (7,), (5, 6), (3, 4, 5))
     }
     out["strided"] = torch.randn(6, 8, generator=made).t()[1:7:2]
+    out["long rows"] = torch.randn(2, 3, 300, generator=made)
     out["larger than a block"] = torch.randn(1 << 19, generator=made)
     return out
 

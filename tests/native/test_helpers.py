@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalm.data.permutation import Permutation
@@ -52,6 +53,34 @@ def test_arguments_that_do_not_fit(index: int, n: int, half: int) -> None:
     assert not isinstance(found, str)
     with pytest.raises(ValueError, match="does not fit"):
         found.permuted(index, n, half, bytes(64))
+
+
+def test_rows_are_copied_as_numpy_does(campaign_seed: int) -> None:
+    found, draw = helpers(), np.random.default_rng(campaign_seed)
+    assert not isinstance(found, str)
+    for dtype in ("u1", "u2", "u4", "u8"):
+        for _ in range(40):
+            shape = (*draw.integers(0, 5, draw.integers(0, 3)).tolist(), int(draw.integers(0, 700)))
+            whole = tuple(n + int(draw.integers(0, 40)) for n in shape)
+            values = draw.integers(0, 255, whole).astype(dtype)
+            to = np.zeros((*whole[:-1], whole[-1] + 9), dtype)
+            box = tuple(slice(a := int(draw.integers(0, w - n + 1)), a + n) for w, n in zip(whole, shape, strict=True))
+            expected = to.copy()
+            expected[box] = values[box]
+            values.setflags(write=False)
+            found.copy_rows(to[box], values[box])
+            assert np.array_equal(to, expected), (dtype, shape, box)
+
+
+def test_rows_that_do_not_fit() -> None:
+    found, to = helpers(), np.zeros((3, 4), "u4")
+    assert not isinstance(found, str)
+    for values in (np.zeros((3, 5), "u4"), np.zeros((3, 4), "u8"), np.zeros(4, "u4"), np.zeros((3, 8), "u4")[:, ::2]):
+        with pytest.raises(ValueError, match=r"must be contiguous|two arrays"):
+            found.copy_rows(to, values)
+    to.setflags(write=False)
+    with pytest.raises(ValueError, match="can be written"):
+        found.copy_rows(to, to.copy())
 
 
 @pytest.mark.parametrize("variables", [{"MEGALM_NATIVE": "off"}, {"CXX": "no-such-compiler"}])
