@@ -1,0 +1,1 @@
+"""Labelled records from files, each with the place where it stands."""
