@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         TokenizerError,
         UsageError,
     )
+    from megalm.metrics.measures.measures import MeasureKind, Measures
+    from megalm.metrics.measures.retrieval import ranks, recall
+    from megalm.metrics.measures.tags import marks_spans
     from megalm.plugin.component import Component, PluginInfo
     from megalm.plugin.contract.callback import Callback, RunInfo
     from megalm.plugin.contract.head import Head, HeadEnv
@@ -78,6 +81,9 @@ _HOMES = {
         "TokenizerError",
         "UsageError",
     ),
+    "megalm.metrics.measures.measures": ("MeasureKind", "Measures"),
+    "megalm.metrics.measures.retrieval": ("ranks", "recall"),
+    "megalm.metrics.measures.tags": ("marks_spans",),
     "megalm.plugin.component": ("Component", "PluginInfo"),
     "megalm.plugin.contract.callback": ("Callback", "RunInfo"),
     "megalm.plugin.contract.head": ("Head", "HeadEnv"),
@@ -144,6 +150,8 @@ __all__ = [
     "LRSchedule",
     "LayoutError",
     "LossContext",
+    "MeasureKind",
+    "Measures",
     "MegalmError",
     "ModuleBuilder",
     "Needs",
@@ -171,10 +179,13 @@ __all__ = [
     "begins_word",
     "hookimpl",
     "loop_placement",
+    "marks_spans",
     "order_from_csv",
     "order_to_csv",
     "packed_row",
     "packed_rows",
+    "ranks",
+    "recall",
     "stream_windows",
     "v_placement",
 ]

@@ -47,6 +47,15 @@ SURFACE = {
         TensorSpec Term TokenMasking Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement
         order_from_csv order_to_csv packed_row packed_rows stream_windows v_placement
     """,
+    (1, 5): """
+        API_VERSION Action ActionKind AddressedSource Architecture Batch BubbleFormula BuildContext Callback
+        CheckpointError Component ConfigError Corpus Costs DataError DataSource Example FieldSpec Head HeadEnv
+        HeadSpec IGNORE KernelProvider KernelRequest LRSchedule LayoutError LossContext MeasureKind Measures MegalmError
+        ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin Piece PipelineOrder PipelineSchedule
+        PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings SpecialTokens StreamSource
+        TensorSpec Term TokenMasking Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement marks_spans
+        order_from_csv order_to_csv packed_row packed_rows ranks recall stream_windows v_placement
+    """,
 }
 
 

@@ -80,6 +80,19 @@ class Head(ABC):
         ``truncated`` is then true. DataError names the field and value of what cannot be encoded.
         """
 
+    def parts(self, record: Record) -> Sequence[Record]:
+        """What a record is read in, where it may be longer than a row: each part is a record of its own to
+        :meth:`build_example` and :meth:`predict`, and in training. Default: the record itself.
+
+        A part has the record's fields, and maybe keys of the head's own; a function of the record alone, never empty.
+        """
+        return (record,)
+
+    def join(self, record: Record, predictions: Sequence[Any]) -> Any:
+        """The prediction for a record, of those for its :meth:`parts`, in their order. The only part's by default."""
+        (prediction,) = predictions
+        return prediction
+
     def padding(self) -> Mapping[str, int | float | bool]:
         """What each tensor holds after a row's end; 0 where not named."""
         pad = self.env.tokenizer.special.pad
@@ -153,3 +166,9 @@ class Head(ABC):
         """Each metric of :meth:`goals` over a whole data set, a finite number also where it is not defined. The records
         are whole: what was cut off a row counts as wrong.
         """
+
+    def report(self, predictions: Sequence[Any], records: Sequence[Record]) -> Mapping[str, Any]:
+        """More to tell of an evaluation, as JSON; for classes, ``{"labels": {NAME: {"precision", "recall", "f1-score",
+        "support"}}, "averages": {NAME: ...}}``, which is shown as a table. Nothing by default.
+        """
+        return {}
