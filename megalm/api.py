@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         UsageError,
     )
     from megalm.metrics.measures.measures import MeasureKind, Measures
-    from megalm.metrics.measures.retrieval import ranks, recall
     from megalm.metrics.measures.tags import marks_spans
     from megalm.plugin.component import Component, PluginInfo
     from megalm.plugin.contract.callback import Callback, RunInfo
@@ -82,7 +81,6 @@ _HOMES = {
         "UsageError",
     ),
     "megalm.metrics.measures.measures": ("MeasureKind", "Measures"),
-    "megalm.metrics.measures.retrieval": ("ranks", "recall"),
     "megalm.metrics.measures.tags": ("marks_spans",),
     "megalm.plugin.component": ("Component", "PluginInfo"),
     "megalm.plugin.contract.callback": ("Callback", "RunInfo"),
@@ -184,8 +182,6 @@ __all__ = [
     "order_to_csv",
     "packed_row",
     "packed_rows",
-    "ranks",
-    "recall",
     "stream_windows",
     "v_placement",
 ]

@@ -54,7 +54,7 @@ SURFACE = {
         ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin Piece PipelineOrder PipelineSchedule
         PipelineShape PluginError PluginInfo Record RunInfo ScheduleError Settings SpecialTokens StreamSource
         TensorSpec Term TokenMasking Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement marks_spans
-        order_from_csv order_to_csv packed_row packed_rows ranks recall stream_windows v_placement
+        order_from_csv order_to_csv packed_row packed_rows stream_windows v_placement
     """,
 }
 

@@ -16,20 +16,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from megalm.data.labelled.records import Records, corpus_problems, where
 from megalm.errors import DataError, ObjectiveError
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.head import Head
 from megalm.plugin.contract.objective import Batch, Corpus, Example, LossContext, Needs, Objective, ObjectiveEnv, Term
-from megalm.plugin.contract.records import Record, record_problems
+from megalm.plugin.contract.records import Record
 from megalm.train.feed import evaluation_rows
 from megalm.train.objective import TrainingObjective
 from megalm.train.stages import forward_only
 from megalm.train.step import AT_ONCE
-
-_SHOWN = 10
-"""Bad records that one error lists."""
 
 
 class HeadObjective(Objective):
@@ -58,14 +56,11 @@ class HeadObjective(Objective):
         return self.head.weights()
 
     def check_corpus(self, corpus: Corpus) -> None:
-        """DataError that lists the records that lack what the head needs, each with field and value."""
-        records, fields, problems, bad = _records(corpus), self.head.fields(), [], 0
-        for number, record in enumerate(records):
-            found = record_problems(record, fields, self.head.env.labels, labelled=self._labelled)
-            bad += bool(found)
-            problems += [f"record {number}: {text}" for text in found]
+        """DataError that lists the records that lack what the head needs, each with its place, field and value."""
+        records = _records(corpus)
+        bad, problems = corpus_problems(records, self.head.fields(), self.head.env.labels, labelled=self._labelled)
         if bad:
-            lines = "\n".join(f"  {line}" for line in [*problems[:_SHOWN], *["..."] * (len(problems) > _SHOWN)])
+            lines = "\n".join(f"  {line}" for line in problems)
             raise DataError(f"head {self._name}: {bad} of {len(records)} records cannot be used:\n{lines}")
         if not records:
             raise DataError(f"head {self._name}: no records")
@@ -74,14 +69,15 @@ class HeadObjective(Objective):
         return len(_records(corpus))
 
     def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
+        place = where(_records(corpus), sample)
         try:
             example = self.head.build_example(_records(corpus)[sample])
         except DataError as error:
-            raise DataError(f"head {self._name}: record {sample}: {error}") from error
+            raise DataError(f"head {self._name}: {place}: {error}") from error
         if (length := len(example["tokens"])) > self.env.sequence_length:
             raise ObjectiveError(
-                f"head {self._name}: build_example gives {length} tokens for record {sample}, more than the sequence "
-                f"length of {self.env.sequence_length}; cut the text and set 'truncated'"
+                f"head {self._name}: build_example gives {length} tokens for {place}, more than the sequence length "
+                f"of {self.env.sequence_length}; cut the text and set 'truncated'"
             )
         return example
 
@@ -118,6 +114,28 @@ def as_corpus(records: Sequence[Record]) -> Corpus:
     return cast("Corpus", records)
 
 
+def in_parts(name: str, head: Head, records: Sequence[Record]) -> tuple[Sequence[Record], list[int]]:
+    """Checked records as the head reads them, long ones in parts, and how many parts each has: what the engine trains
+    on and predicts.
+    """
+    rows: list[Any] = []
+    places, counts = [], []
+    for number, record in enumerate(records):
+        try:
+            parts = head.parts(record)
+        except DataError as error:
+            raise DataError(f"head {name}: {where(records, number)}: {error}") from error
+        if not parts:
+            raise ObjectiveError(f"head {name}: parts() gives none for {where(records, number)}; give at least one")
+        rows += parts
+        counts.append(len(parts))
+        if isinstance(records, Records):
+            places += [records.places[number]] * len(parts)
+    if isinstance(records, Records):
+        return Records(rows, places), counts
+    return rows, counts
+
+
 def head_objective(name: str, head: Head, *, labelled: bool = True) -> TrainingObjective:
     """What the engine trains for a head."""
     vocab_size = head.env.tokenizer.vocab_size
@@ -142,20 +160,21 @@ def predict(
     """
     parallel, objective = model.parallel, head_objective(name, head, labelled=False)
     part = cast("HeadObjective", objective.parts[name])
-    corpus = as_corpus(records)
-    part.check_corpus(corpus)
+    part.check_corpus(as_corpus(records))
+    rows, counts = in_parts(name, head, records)
+    corpus = as_corpus(rows)
     mine: list[Any] = []
     waiting = evaluation_rows(
         objective,
         corpus,
         seed=0,
-        samples=len(records),
+        samples=len(rows),
         micro_batch=micro_batch,
         dp_index=parallel.dp.index,
         dp_size=parallel.dp.size,
     )
     while some := list(islice(waiting, AT_ONCE * parallel.pp.size)):
-        tensors = [rows.tensors(parallel.device) for rows in some]
+        tensors = [each.tensors(parallel.device) for each in some]
 
         def add(number: int, hidden: torch.Tensor, batch: Microbatch, some: Any = some, tensors: Any = tensors) -> None:
             slots = some[number].slots
@@ -168,4 +187,5 @@ def predict(
     # Only ranks with the pipeline's last stage have any.
     shares = parallel.dp.gather_json(mine)
     everyone = [pair for stage in parallel.pp.gather_json(shares) for share in stage for pair in share]
-    return [prediction for _, prediction in sorted(everyone, key=lambda pair: int(pair[0]))]
+    found = iter([prediction for _, prediction in sorted(everyone, key=lambda pair: int(pair[0]))])
+    return [head.join(record, list(islice(found, count))) for record, count in zip(records, counts, strict=True)]

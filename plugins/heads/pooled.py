@@ -15,7 +15,6 @@ from megalm.api import (
     DataError,
     Example,
     FieldSpec,
-    Head,
     HeadEnv,
     LossContext,
     Needs,
@@ -23,6 +22,7 @@ from megalm.api import (
     Settings,
     TensorSpec,
 )
+from megalm_plugins.heads.measured import MeasuredHead
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +42,11 @@ class PooledConfig(Settings):
     row's tokens, or the last token's, which is the one for causal backbones."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout of that vector."""
+    metrics: tuple[str, ...] | None = None
+    """Measures, the first of which chooses a checkpoint; default: the head's."""
 
 
-class PooledHead(Head):
+class PooledHead(MeasuredHead):
     """A row is [CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]; what the tokenizer lacks is left out.
 
     Longer texts are cut at their ends, of a pair first the longer one.
@@ -52,8 +54,6 @@ class PooledHead(Head):
 
     Config = PooledConfig
     cfg: PooledConfig
-    kind: str
-    """The head's name, for messages."""
 
     def __init__(self, cfg: PooledConfig, env: HeadEnv) -> None:
         super().__init__(cfg, env)
@@ -96,9 +96,9 @@ class PooledHead(Head):
             tensors["last"] = TensorSpec(("batch", "place"), to="last")
         return Needs(self.env.attention, tensors, lm_head=False, token_types=2 if typed else 0, coupling="example")
 
-    def encode(self, record: Record) -> Example:
-        """The row without its label."""
-        names = list(self.text_fields())
+    def encode(self, record: Record, fields: Sequence[str] = ()) -> Example:
+        """The row without its label; of these fields, or of all that hold text."""
+        names = list(fields or self.text_fields())
         texts = [self.env.tokenizer.encode_batch([record[name]])[0] for name in names]
         for name, ids in zip(names, texts, strict=True):
             if not ids:
@@ -140,6 +140,13 @@ class PooledHead(Head):
         self, module: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext
     ) -> torch.Tensor:
         """(batch, outputs), in the type that losses are computed in."""
+        x = self.vectors(module, hidden, batch, ctx)
+        return ctx.widen(module["out"](ctx.dropout(x, self.cfg.dropout, self.kind)))
+
+    def vectors(
+        self, module: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext
+    ) -> torch.Tensor:
+        """(batch, hidden): the vector of each row."""
         if self.cfg.pooling == "mean":
             x = ctx.pool(hidden, batch["attention_mask"])
         elif self.cfg.pooling == "last":
@@ -148,4 +155,4 @@ class PooledHead(Head):
             x = ctx.pick(hidden, 0)
         if self.cfg.pooling == "pooler":
             x = module["pooler"](x).tanh()
-        return ctx.widen(module["out"](ctx.dropout(x, self.cfg.dropout, self.kind)))
+        return x

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from megalm.api import Batch, Example, FieldSpec, LossContext, Needs, Record, TensorSpec, Term
 from megalm_plugins.heads.pooled import PooledHead
-from megalm_plugins.heads.scores import mean_squared_error, pearson
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +16,7 @@ class Regression(PooledHead):
     """The squared error, in the square of the numbers' unit. Predictions: ``{"value": x}``."""
 
     kind = "regression"
+    measured = "number"
     outputs = 1
 
     def fields(self) -> Mapping[str, FieldSpec]:
@@ -56,10 +56,11 @@ class Regression(PooledHead):
     def truth(self, record: Record) -> Any:
         return {"value": float(record["value"])}
 
-    def goals(self) -> Mapping[str, Literal["max", "min"]]:
-        return {"pearson": "max", "mse": "min"}
+    def default_measures(self) -> tuple[str, ...]:
+        return ("pearson", "spearman", "mse")
 
-    def metrics(self, predictions: Sequence[Any], records: Sequence[Record]) -> dict[str, float]:
-        predicted = [float(prediction["value"]) for prediction in predictions]
-        true = [float(record["value"]) for record in records]
-        return {"pearson": pearson(predicted, true), "mse": mean_squared_error(predicted, true)}
+    def value(self, prediction: Any) -> Any:
+        return float(prediction["value"])
+
+    def right(self, record: Record) -> Any:
+        return float(record["value"])

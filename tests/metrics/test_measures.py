@@ -12,7 +12,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.metrics.measures import library as library_module
 from megalm.metrics.measures.measures import MEASURES, Measures
 from megalm.metrics.measures.numbers import perplexity
-from megalm.metrics.measures.retrieval import ranks, recall
+from megalm.metrics.measures.retrieval import ranks
 from megalm.metrics.measures.tags import marks_spans
 
 for module in ("sklearn", "scipy", "seqeval", "sacrebleu"):
@@ -112,10 +112,14 @@ def test_retrieval() -> None:
     found = ranks(a, b, [str(n) for n in range(9)])
     scores = a @ b.T
     assert found.tolist() == [(scores[n] > scores[n, n]).sum() for n in range(9)]
-    assert recall(found, 9) == 1.0
-    same = np.ones((5, 3))
-    assert recall(ranks(same, same, list("abcde")), 1) == 0.0  # every text has one vector: nothing is told apart
-    assert recall(ranks(same, same, list("aaaaa")), 1) == 1.0
+    measures = Measures("retrieval", ["recall@1", "recall@5", "mrr"])
+    measured = measures(list(zip(a.tolist(), b.tolist(), strict=True)), [str(n) for n in range(9)])
+    assert measured["recall@1"] == (found == 0).mean()
+    assert measured["recall@5"] == (found < 5).mean()
+    assert measured["mrr"] == pytest.approx(np.mean(1 / (found + 1)))
+    same = [([1.0, 1.0], [1.0, 1.0])] * 5
+    assert measures(same, list("abcde"))["recall@1"] == 0.0  # every text has one vector: nothing is told apart
+    assert measures(same, list("aaaaa"))["recall@1"] == 1.0
 
 
 def test_what_is_not_defined_is_zero_and_a_number() -> None:
@@ -125,6 +129,7 @@ def test_what_is_not_defined_is_zero_and_a_number() -> None:
         "number": [([1.0], [2.0]), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [3.0, 3.0])],
         "tags": [([["O"]], [["O"]]), ([[None]], [["B-x"]]), ([["O", "O"]], [["B-x", "O"]])],
         "answers": [([""], [[]]), (["!"], [["?"]])],
+        "retrieval": [([([0.0], [0.0])], ["a"]), ([([0.0], [0.0])] * 2, ["a", "b"])],
         "text": [([""], ["a"]), (["a"], ["b"])],
     }
     for kind, measures in MEASURES.items():

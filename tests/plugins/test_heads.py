@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ from megalm.train.head import as_corpus, head_objective, predict
 from megalm.train.step import forward_backward
 from megalm_plugins.heads import MEGALM_API, megalm_heads
 from megalm_plugins.heads.regression import Regression
-from megalm_plugins.heads.scores import accuracy, macro_f1, mean_squared_error, pearson
 from megalm_plugins.heads.sequence_classification import SequenceClassification
 from megalm_plugins.heads.token_classification import TokenClassification
 from megalm_plugins.tokenizers.byte import ByteTokenizer
@@ -285,24 +283,21 @@ def test_a_text_without_tokens_is_refused_by_field() -> None:
         )
 
 
-def test_scores_are_those_of_numpy() -> None:
-    draw = np.random.default_rng(3)
-    a, b = draw.normal(size=50).tolist(), draw.normal(size=50).tolist()
-    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1], rel=1e-12)
-    assert mean_squared_error(a, b) == pytest.approx(np.square(np.subtract(a, b)).mean(), rel=1e-12)
-    assert pearson(a, [2.0] * 50) == 0
-    x, y = draw.integers(3, size=60), draw.integers(3, size=60)
-    scores = []
-    for label in range(3):
-        precision, recall = (y == label)[x == label].mean(), (x == label)[y == label].mean()
-        scores.append(2 * precision * recall / (precision + recall))
-    assert macro_f1(x.tolist(), y.tolist(), [0, 1, 2, 3]) == pytest.approx(np.mean(scores), rel=1e-12)
-    assert accuracy(x.tolist(), y.tolist()) == (x == y).mean()
-    assert accuracy([], []) == macro_f1([], [], ["a"]) == mean_squared_error([], []) == pearson([], []) == 0
+def test_measures_are_chosen_by_name() -> None:
+    head = make_head(SequenceClassification, metrics=("matthews", "accuracy"))
+    assert head.goals() == {"matthews": "max", "accuracy": "max"}
+    assert head.metrics([{"label": "O"}, {"label": "B-PER"}], CLASSES[:2]) == {"matthews": 1.0, "accuracy": 1.0}
+    assert head.report([{"label": "O"}], CLASSES[:1])["labels"]["O"]["support"] == 1
+    with pytest.raises(ConfigError, match="regression: metrics: 'accuracy' is no measure of a head that"):
+        make_head(Regression, metrics=("accuracy",))
+    assert next(iter(make_head(TokenClassification).goals())) == "span_f1"
+    assert next(iter(make_head(TokenClassification, labels=("a", "b")).goals())) == "f1_macro"
+    with pytest.raises(ConfigError, match=r"span_f1 counts spans that tags in IOB2 mark .* but the labels are a, b"):
+        make_head(TokenClassification, labels=("a", "b"), metrics=("span_f1",))
 
 
 def test_listing_and_importing_heads_needs_no_torch() -> None:
-    assert MEGALM_API == (1, 1)
+    assert MEGALM_API == (1, 5)
     targets = [component.target for component in megalm_heads()]
     code = "import importlib, sys\n" + "\n".join(
         f"getattr(importlib.import_module({target.split(':')[0]!r}), {target.split(':')[1]!r})" for target in targets

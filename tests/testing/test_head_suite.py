@@ -37,6 +37,32 @@ class TestTokenClassification(HeadSuite):
     head = "token_classification"
 
 
+class TestTokenClassificationWithACRF(HeadSuite):
+    head = "token_classification"
+    settings = ("crf=true",)
+
+
+class TestMultiLabelClassification(HeadSuite):
+    head = "multi_label_classification"
+
+
+class TestExtractiveQA(HeadSuite):
+    head = "extractive_qa"
+
+
+class TestRelationClassification(HeadSuite):
+    head = "relation_classification"
+
+
+class TestEmbeddingByPairs(HeadSuite):
+    head = "embedding"
+
+
+class TestEmbeddingByCosine(HeadSuite):
+    head = "embedding"
+    settings = ("loss=cosine", "size=5")
+
+
 class TestRegressionOfPairs(HeadSuite):
     head = "regression"
     settings = ("pair=true", "pooling=mean")

@@ -7,7 +7,7 @@ records keep their places, and every message about one begins with file and line
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -65,7 +65,7 @@ def where(records: Sequence[Any], number: int) -> str:
 
 
 def corpus_problems(
-    records: Sequence[Record], fields: dict[str, FieldSpec], labels: Sequence[str], *, labelled: bool = True
+    records: Sequence[Record], fields: Mapping[str, FieldSpec], labels: Sequence[str], *, labelled: bool = True
 ) -> tuple[int, list[str]]:
     """How many records the head cannot use, and why: a line for each field of the first few."""
     bad, lines = 0, []
@@ -77,7 +77,7 @@ def corpus_problems(
     return bad, [*lines[:_SHOWN], *["..."] * (len(lines) > _SHOWN)]
 
 
-def label_names(records: Iterable[Record], fields: dict[str, FieldSpec]) -> tuple[str, ...]:
+def label_names(records: Iterable[Record], fields: Mapping[str, FieldSpec]) -> tuple[str, ...]:
     """The labels that occur in fields that hold some, sorted. DataError where fields hold labels and there are none.
 
     Records were not checked yet: values of another type are passed over, for the check to name.

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from megalm.errors import ConfigError
-from megalm.metrics.measures import answers, classes, numbers, tags, texts
+from megalm.metrics.measures import answers, classes, numbers, retrieval, tags, texts
 from megalm.plugin.suggest import did_you_mean
 
 Goal = Literal["max", "min"]
-MeasureKind = Literal["class", "classes", "number", "tags", "answers", "text"]
+MeasureKind = Literal["class", "classes", "number", "tags", "answers", "text", "retrieval"]
 """What one prediction is: a label or none; a list of labels; a number; a tag or none for each word; a text, of several
-right ones; a text."""
+right ones; a text; the vectors of a text and its counterpart, where what is right is the counterpart's text."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ MEASURES: Mapping[MeasureKind, Mapping[str, Measure]] = {
         "accuracy": Measure(tags.word_accuracy),
     },
     "answers": {"f1": Measure(answers.answer_f1), "exact_match": Measure(answers.exact_match)},
+    "retrieval": {
+        **{f"recall@{k}": Measure(partial(retrieval.recall_at, k)) for k in (1, 5, 10, 100)},
+        "mrr": Measure(retrieval.mean_reciprocal_rank),
+    },
     "text": {"bleu": Measure(texts.bleu), "bleu_zh": Measure(lambda a, b: texts.bleu(a, b, tokenize="zh"))},
 }
 _REPORTS: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], dict[str, Any]]] = {

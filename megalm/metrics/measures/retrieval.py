@@ -34,6 +34,19 @@ def ranks(queries: np.ndarray, candidates: np.ndarray, texts: Sequence[str]) -> 
     return out
 
 
-def recall(found: np.ndarray, k: int) -> float:
-    """Share of queries whose counterpart is among the first ``k``."""
+def recall_at(k: int, predicted: Sequence[tuple[Sequence[float], Sequence[float]]], true: Sequence[str]) -> float:
+    """Share of texts whose counterpart is among the ``k`` nearest. A prediction has the vectors of both."""
+    found = _ranks(predicted, true)
     return float((found < k).mean()) if len(found) else 0.0
+
+
+def mean_reciprocal_rank(predicted: Sequence[tuple[Sequence[float], Sequence[float]]], true: Sequence[str]) -> float:
+    """Mean of one over the place of the counterpart, counted from 1."""
+    found = _ranks(predicted, true)
+    return float((1.0 / (found + 1)).mean()) if len(found) else 0.0
+
+
+def _ranks(predicted: Sequence[tuple[Sequence[float], Sequence[float]]], true: Sequence[str]) -> np.ndarray:
+    if not true:
+        return np.zeros(0, dtype=np.int64)
+    return ranks(np.array([a for a, _ in predicted]), np.array([b for _, b in predicted]), true)

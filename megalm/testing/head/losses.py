@@ -31,7 +31,9 @@ def counts_are_what_is_scored(subject: HeadSubject) -> str:
     bare = subject.bare
     mixed = [bare[n] if n % 3 == 2 else record for n, record in enumerate(subject.records[:12])]
     kinds: dict[str, set[str]] = {}
-    for records in (subject.records[:12], mixed, mixed[1:6], *([record] for record in mixed[:6])):
+    # A cell of one row has nothing to tell it from.
+    alone = [] if subject.coupled else [[record] for record in mixed[:6]]
+    for records in (subject.records[:12], mixed, mixed[1:6], *alone):
         rows = subject.encoded(records)
         declared = subject.objective.counts(rows.batch)
         for name, items in _scored(subject, rows).items():
@@ -63,7 +65,10 @@ def _scored(subject: HeadSubject, rows: Rows) -> dict[str, dict[str, int]]:
         (gradient,) = torch.autograd.grad(term.sum, [hidden], retain_graph=True, allow_unused=True)
         if gradient is not None:
             used = gradient.view(batch.rows, batch.length, -1).any(dim=-1)
-            found[name] = {"rows": int(used.any(dim=1).sum()), "positions": int(used.sum())}
+            by_row = used.any(dim=1)
+            found[name] = {"rows": int(by_row.sum()), "positions": int(used.sum())}
+            if batch.rows > len(rows.slots):  # views
+                found[name]["examples"] = int(by_row.view(len(rows.slots), -1).any(dim=1).sum())
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -93,6 +94,8 @@ def predictions_agree(subject: HeadSubject) -> str:
     _compare(subject, "of records with other labels", _predict(subject, model, _relabelled(subject), COUNT), expected)
     layouts = [layout for layout in (*QUICK, *(MORE if subject.full else ())) if _fits(subject, layout)]
     layouts += [layout for layout in layouts_for(subject, subject.full) if layout.pp > 1]
+    if subject.coupled:  # a step of whole cells, which predictions have nothing to do with
+        layouts = [replace(layout, global_batch=layout.cell * layout.microbatches or layout.cell) for layout in layouts]
     for layout in layouts:
         prepared, pipeline = subject.prepared_for(layout)
         own = [subject.in_another_process(prepared) for _ in range(layout.ranks)]

@@ -144,7 +144,8 @@ class HeadSubject(ObjectiveSubject):
             self._store,
             objective=BASES[self.attention],
             architecture=self._architecture,
-            overrides=overrides,
+            # What the run would pretrain has no cells; the batches are whole ones of the head's.
+            overrides=[each for each in overrides if not each.startswith("train.cell=")],
             manager=self.manager,
         )
         objective = self._objective(lent)
