@@ -4,6 +4,7 @@
 
     step-00000400         a complete checkpoint
     latest                a text file with the name of the newest complete one, for people and other programs
+    best                  the same of the one that evaluated best, where the run compares evaluations
     .step-00000500.tmp    one that is being written
     .pruned-...tmp        one that is being deleted
     damaged-step-...      one that a resumption has refused, kept for inspection
@@ -23,9 +24,9 @@ from megalm import files
 from megalm.checkpoint.manifest import MANIFEST, Manifest, check_sizes, read_manifest, verify_files
 from megalm.errors import CheckpointError
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 _COMPLETE = re.compile(r"step-(\d{8,})")
-_UNFINISHED = re.compile(r"\.(step-\d{8,}(\.[0-9a-f]+)?|pruned-step-\d{8,}|latest\..*)\.tmp")
+_UNFINISHED = re.compile(r"\.(step-\d{8,}(\.[0-9a-f]+)?|pruned-step-\d{8,}|(latest|best)\..*)\.tmp")
 
 
 def folder_name(step: int) -> str:
@@ -74,9 +75,9 @@ def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
 
 def resolve(path: Path) -> Path:
     """The checkpoint folder that ``path`` means: itself, or the newest one where it is a run, its ``checkpoints`` or
-    the file ``latest`` in there. CheckpointError where that names none."""
+    the file ``latest`` in there, or what the file ``best`` names. CheckpointError where that names none."""
     for pointer in (path, path / LATEST, path / "checkpoints" / LATEST):
-        if pointer.name != LATEST or (path / MANIFEST).exists() or not pointer.is_file():
+        if pointer.name not in (LATEST, BEST) or (path / MANIFEST).exists() or not pointer.is_file():
             continue
         try:
             name = pointer.read_text(encoding="utf-8").strip()
@@ -88,9 +89,9 @@ def resolve(path: Path) -> Path:
     return path
 
 
-def point_latest(root: Path, folder: Path) -> None:
-    """Write ``latest``, whole or not at all, unless it says so already."""
-    path, text = root / LATEST, folder.name + "\n"
+def point_latest(root: Path, folder: Path, pointer: str = LATEST) -> None:
+    """Write ``latest``, or another pointer, whole or not at all, unless it says so already."""
+    path, text = root / pointer, folder.name + "\n"
     if not path.is_file() or path.read_bytes() != text.encode():
         files.write_text(path, text)
 
@@ -106,8 +107,10 @@ def sweep(root: Path) -> None:
                     path.unlink()
 
 
-def prune(root: Path, keep: int, *, keep_every: int = 0, written: Path | None = None) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and but those of every ``keep_every``-th step.
+def prune(
+    root: Path, keep: int, *, keep_every: int = 0, written: Path | None = None, best: int | None = None
+) -> None:
+    """Delete all but the newest ``keep`` checkpoints, those of every ``keep_every``-th step, and that of step ``best``.
 
     One that looks damaged does not count among those kept. Nothing is deleted unless one that is newer is good:
     ``written``, which the caller has just written, or else one that verifies now; a damaged one never outlives the
@@ -119,7 +122,7 @@ def prune(root: Path, keep: int, *, keep_every: int = 0, written: Path | None = 
         if len(kept) < keep:
             if folder == written or _looks_whole(folder):
                 kept.append(folder)
-        elif not (keep_every and step_of(folder) % keep_every == 0):
+        elif step_of(folder) != best and not (keep_every and step_of(folder) % keep_every == 0):
             doomed.append(folder)
     if doomed and not (written in kept or any(map(_is_whole, kept))):
         spared = next((folder for folder in doomed if _is_whole(folder)), None)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.folders import folder_name, point_latest, prune, unfinished_name
+from megalm.checkpoint.folders import BEST, folder_name, point_latest, prune, unfinished_name
 from megalm.checkpoint.hashing import ALGORITHM
 from megalm.checkpoint.host_copy import HostCopy
 from megalm.checkpoint.manifest import FORMAT, MANIFEST, FileRecord, Manifest, Slice, TensorRecord
@@ -79,8 +79,10 @@ class Job:
         step: int,
         state: TrainingState,
         info: dict[str, Any],
+        best: int | None = None,
     ) -> None:
         self.step = step
+        self._best = best
         self.target = root / folder_name(step)
         self.error: BaseException | None = None
         self.report: dict[str, Any] | None = None
@@ -155,6 +157,7 @@ class Job:
             records[kind].append(record)
         self.report = {
             "files": {path.name: list(found) for (path, _), found in zip(files, written, strict=True)},
+            "scalars": self._scalars,
             **records,
         }
 
@@ -185,7 +188,8 @@ class Job:
             format=FORMAT,
             step=self.step,
             state=self._info,
-            scalars=self._scalars,
+            # A rank whose weights are all frozen has none.
+            scalars={key: value for report in self.reports for key, value in report["scalars"].items()},
             weights=_merge(self.reports, "weights"),
             optimizer=_merge(self.reports, "optimizer"),
             files={
@@ -203,11 +207,14 @@ class Job:
             self.work.rename(self.target)
             sync(self.target.parent)
             point_latest(self.target.parent, self.target)
+            if self._best is not None:
+                point_latest(self.target.parent, self.target.parent / folder_name(self._best), BEST)
             prune(
                 self.target.parent,
                 self._retention.keep,
                 keep_every=self._retention.keep_every,
                 written=self.target,
+                best=self._best,
             )
         except OSError as error:
             where = error.filename or self.work

@@ -62,8 +62,10 @@ class Saver:
             size = sum(math.prod(b - a for a, b in box) * p.local.element_size() for _, p, box in parts)
             self._copy = HostCopy(size, len(parts), self._parallel.device)
 
-    def save(self, step: int, state: TrainingState, info: dict[str, Any]) -> Path:
+    def save(self, step: int, state: TrainingState, info: dict[str, Any], *, best: int | None = None) -> Path:
         """Write ``root/step-XXXXXXXX`` and prune older ones; ``info`` is stored as :attr:`Manifest.state`.
+
+        ``best``: the step whose checkpoint, this one or an older one, is not to be pruned.
 
         Returns once it is complete or, asynchronously, once the state may change; then :meth:`poll` after each step.
         An earlier one that is still under way is finished first. CheckpointError, on all ranks, where it or the earlier
@@ -72,7 +74,7 @@ class Saver:
         """
         began = time.perf_counter()
         self.finish()
-        job = Job(self._root, self._parallel, self._retention, step, state, info)
+        job = Job(self._root, self._parallel, self._retention, step, state, info, best)
         made = self._parallel.world.broadcast_json(job.make_folder() if self._leader else None)
         if made["error"]:
             raise CheckpointError(made["error"])

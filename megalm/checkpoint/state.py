@@ -41,7 +41,7 @@ def training_state(
     slots: list[Piece] = []
     scalars: dict[str, float] = {}
     if optimizer is not None:
-        for name, master in weights.masters.items():
+        for name, master in weights.trained.items():
             for key, value in optimizer.state[master].items():
                 if value.dim() == 0:
                     if scalars.setdefault(key, value.item()) != value.item():
@@ -61,7 +61,7 @@ def training_state(
 
 def allocate_optimizer_state(weights: Weights, optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer create its state, so that there is something to load into. The weights are loaded after it."""
-    for master in weights.masters.values():
+    for master in weights.trained.values():
         master.grad = torch.zeros_like(master)
     optimizer.step()
     weights.zero_grad()
@@ -69,7 +69,7 @@ def allocate_optimizer_state(weights: Weights, optimizer: torch.optim.Optimizer)
 
 def set_scalars(weights: Weights, optimizer: torch.optim.Optimizer, scalars: dict[str, float]) -> None:
     """Overwrite the optimizer's 0-d state of every weight."""
-    for name, master in weights.masters.items():
+    for name, master in weights.trained.items():
         for key, value in optimizer.state[master].items():
             if value.dim() == 0:
                 if key not in scalars:

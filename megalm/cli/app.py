@@ -16,6 +16,7 @@ from megalm.cli.config import config
 from megalm.cli.doctor import doctor
 from megalm.cli.generate import generate
 from megalm.cli.lazy import lazy_group
+from megalm.cli.merge import merge
 from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
@@ -38,6 +39,7 @@ app.command()(plan)
 app.command()(schedule)
 app.command()(doctor)
 app.command()(generate)
+app.command()(merge)
 app.add_typer(
     typer.Typer(
         name="data",

@@ -261,6 +261,47 @@ class TrainConfig(Settings):
     """Type of weights in forward and backward. bfloat16 keeps float32 master weights and gradients."""
 
 
+LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
+
+
+class FinetuneConfig(Settings):
+    """Training on from a model that exists: which of its parameters move, and which of its checkpoints is kept.
+
+    With a method, a fresh run takes only weights from ``checkpoint.load``, whatever objective they were trained with:
+    step, optimizer and data begin anew, and what the checkpoint lacks (a head, say) gets its initial values.
+    """
+
+    method: Literal["none", "full", "frozen", "lora", "adapter"] = "none"
+    """``full``: everything trains. ``frozen``: the backbone, or its beginning, does not. ``lora``: only low-rank
+    products beside the weights, and heads. ``adapter``: only small networks after each block, and heads. ``none``: no
+    fine-tuning."""
+    frozen_layers: int | None = Field(default=None, ge=0)
+    """``frozen``: the embeddings and so many of the first layers; default: the whole backbone."""
+    lora_rank: Size = 8
+    """``lora``: inner size of the products."""
+    lora_alpha: float = Field(default=16.0, gt=0)
+    """``lora``: the products are multiplied by lora_alpha / lora_rank."""
+    lora_targets: list[LoraTarget] = Field(default=["q", "v"], min_length=1)
+    """``lora``: which projections of attention (q, k, v, out) and of the MLP (gate, up, down) get a product."""
+    adapter_size: Size = 64
+    """``adapter``: inner width."""
+    also_train: list[str] = Field(default_factory=list)
+    """Parameters that train besides, by patterns of names: ``backbone.final_norm.*``, ``*.bias``."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """The learning rate of a layer is that of the one above it times this; heads have ``train.lr``. 1: all alike."""
+    metric: str = "loss"
+    """What evaluations (``eval.every``) are compared by: ``loss``, or a term as ``terms.NAME``."""
+    goal: Literal["min", "max"] = "min"
+    """Whether less of it is better, or more."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """It has to become better by more than this."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations without anything better after which the run ends; 0: it takes all its steps."""
+    keep_best: bool = True
+    """Save a checkpoint after each evaluation that is the best so far, and keep the last of these whatever
+    ``checkpoint.keep`` says; ``checkpoints/best`` names it."""
+
+
 class EvalConfig(Settings):
     """Evaluation on the validation part."""
 
@@ -326,6 +367,7 @@ class Config(Settings):
     launch: LaunchConfig = LaunchConfig()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

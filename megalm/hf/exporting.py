@@ -18,6 +18,7 @@ from megalm.checkpoint.load import logical_weights
 from megalm.checkpoint.manifest import read_manifest
 from megalm.config.schema import ModelConfig
 from megalm.data.folder import new_folder
+from megalm.errors import CheckpointError
 from megalm.hf import files
 from megalm.hf.compare import TOLERANCE, Agreement, compare, compare_tokenizers, transformers_or_refusal
 from megalm.model.hf.config import model_settings
@@ -59,6 +60,7 @@ def export_hf(
     ConfigError lists what the family cannot express, CheckpointError names tensors that it does not have, and values
     that transformers computes otherwise; nothing is written then.
     """
+    _check_plain(stored)
     if verify:
         transformers_or_refusal()
     origin = Origin.of(stored.manifest.state)
@@ -98,6 +100,14 @@ def export_hf(
             if described:
                 compare_tokenizers(folder, stored.tokenizer)
     return Exported(out, written, agreements)
+
+
+def _check_plain(stored: Stored) -> None:
+    method = stored.spec.tuning.method
+    if method == "lora":
+        raise CheckpointError(f"{stored.folder}: has low-rank products beside its weights; megalm merge adds them")
+    if method == "adapter":
+        raise CheckpointError(f"{stored.folder}: has adapters, for which the Hugging Face model has no place")
 
 
 def _is_exported(folder: Path) -> bool:

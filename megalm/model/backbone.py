@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage
+from megalm.nn.adapter import Adapter
 from megalm.nn.attention import Attention
 from megalm.nn.embedding import PositionEmbedding, TokenTypeEmbedding, VocabParallelEmbedding
 from megalm.nn.microbatch import Microbatch
@@ -98,6 +99,7 @@ class Layer(nn.Module):
             init=init,
             out_init=out_init,
             kernels=spec.kernels,
+            lora=spec.tuning.lora,
         )
         self.mlp_norm = _norm(spec, parallel)
         self.mlp = MLP(
@@ -110,16 +112,30 @@ class Layer(nn.Module):
             init=init,
             out_init=out_init,
             kernels=spec.kernels,
+            lora=spec.tuning.lora,
         )
+        self.attention_adapter = self.mlp_adapter = None
+        if (size := spec.tuning.adapter_size) is not None:
+            self.attention_adapter, self.mlp_adapter = (
+                Adapter(parallel, c.hidden_size, size, c.activation, init, spec.kernels) for _ in range(2)
+            )
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         if self.post:
-            x_TH, _ = self._join(self.attention(x_TH, batch), x_TH, batch, "attention", self.attention_norm)
-            x_TH, _ = self._join(self.mlp(x_TH), x_TH, batch, "mlp", self.mlp_norm)
+            x_TH, _ = self._join(self._mix(x_TH, batch), x_TH, batch, "attention", self.attention_norm)
+            x_TH, _ = self._join(self._transform(x_TH), x_TH, batch, "mlp", self.mlp_norm)
             return x_TH
-        mixed = self.attention(self.attention_norm(x_TH), batch)
+        mixed = self._mix(self.attention_norm(x_TH), batch)
         normed, x_TH = self._join(mixed, x_TH, batch, "attention", self.mlp_norm)
-        return batch.dropout_add(self.mlp(normed), x_TH, self.p, f"{self.site}.mlp", self.kernels)
+        return batch.dropout_add(self._transform(normed), x_TH, self.p, f"{self.site}.mlp", self.kernels)
+
+    def _mix(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
+        out: torch.Tensor = self.attention(x_TH, batch)
+        return out if self.attention_adapter is None else self.attention_adapter(out)
+
+    def _transform(self, x_TH: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.mlp(x_TH)
+        return out if self.mlp_adapter is None else self.mlp_adapter(out)
 
     def _join(
         self, branch: torch.Tensor, x: torch.Tensor, batch: Microbatch, site: str, norm: LayerNorm | RMSNorm

@@ -36,6 +36,8 @@ class LanguageModel(nn.Module):
             self.classifiers = Classifiers(spec, parallel) if spec.heads and last else None
             owned = spec.modules if last else {}
             self.plugins = PluginModules(spec.cfg, owned, parallel, spec.kernels) if owned else None
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(spec.tuning.trains(name))
 
     def forward(self, batch: Microbatch, stage: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden vectors after a stage; ``x``: those before it, none for the first."""
@@ -63,6 +65,19 @@ def logical_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every logical tensor of the whole model, in the model's order; nothing is allocated."""
     declared = layouts(LanguageModel(spec, single_rank()))
     return {logical_name(name, part): part.shape for name, layout in declared.items() for part in layout.parts}
+
+
+def parameter_names(spec: ModelSpec) -> list[str]:
+    """Names of all parameters of the whole model, in the model's order; some are several logical tensors."""
+    return list(layouts(LanguageModel(spec, single_rank())))
+
+
+def trained_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """:func:`logical_shapes` of the tensors that train."""
+    model = LanguageModel(spec, single_rank())
+    declared = layouts(model)
+    moving = {name: declared[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {logical_name(name, part): part.shape for name, layout in moving.items() for part in layout.parts}
 
 
 class ModelLossContext:

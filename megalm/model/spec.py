@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from megalm.config.schema import Config, ModelConfig
 from megalm.errors import ConfigError, LayoutError
 from megalm.model.modules import module_parameters
+from megalm.model.tuning import NO_TUNING, Tuning, added_parameters
 from megalm.ops.kernels import PLAIN, Kernels
 from megalm.ops.rope import RopeScaling
 from megalm.parallel.mesh import layout_sizes
@@ -38,6 +39,8 @@ class ModelSpec:
     recompute: bool = False
     """Layers keep their input alone, and are computed again in backward."""
     modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
+    tuning: Tuning = NO_TUNING
+    """What fine-tuning adds to the model, and what of it trains."""
     kernels: Kernels = field(default=PLAIN, compare=False)
     """What it computes with."""
 
@@ -67,7 +70,15 @@ class ModelSpec:
             total += c.lm_head_transform * (h * h + h + norm)
         total += any(head.pooled for head in self.heads) * (h * h + h)
         total += sum(head.outputs * (h + 1) for head in self.heads)
+        total += added_parameters(self.tuning, self.projections(), layers=c.layers, hidden_size=h)
         return total + module_parameters(c, self.modules)
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the projections of a layer."""
+        h, q, kv = self.cfg.hidden_size, self.cfg.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = (self.ffn_size, h)
+        sizes = {"q": (q, h), "k": (kv, h), "v": (kv, h), "out": (h, q), "up": inner, "down": (h, self.ffn_size)}
+        return sizes | ({"gate": inner} if self.cfg.gated else {})
 
 
 def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
@@ -128,6 +139,7 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
         coupling=needs.coupling,
         recompute=config.train.recompute == "full",
         modules=needs.modules,
+        tuning=Tuning.of(config.finetune),
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from megalm.nn.cache import KeyValueCache
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
+from megalm.nn.lora import LoraSpec
 from megalm.nn.microbatch import Microbatch
 from megalm.nn.norm import RMSNorm
 from megalm.ops.attention import attention, attention_with_dropout, grouped_attention
@@ -47,6 +48,7 @@ class Attention(nn.Module):
         kernels: Kernels,
         rope_scaling: RopeScaling | None = None,
         qk_norm_eps: float | None = None,
+        lora: LoraSpec | None = None,
     ) -> None:
         super().__init__()
         self.kernels = kernels
@@ -79,12 +81,16 @@ class Attention(nn.Module):
             ),
             bias=qkv_bias,
             init=init,
+            lora=lora,
         )
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             # Each rank sees its own heads, so its gradient of the weights that all heads share is a part.
             self.q_norm, self.k_norm = (RMSNorm(parallel, head_dim, qk_norm_eps, ("tp",), kernels) for _ in "qk")
-        self.out = RowParallelLinear(parallel, heads * head_dim, q_ranges, width, bias=out_bias, init=out_init)
+        out = None if lora is None else lora.of("out")
+        self.out = RowParallelLinear(
+            parallel, heads * head_dim, q_ranges, width, bias=out_bias, init=out_init, lora=out
+        )
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         n, m = self.heads, self.kv_heads

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megalm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
+from megalm.nn.lora import LoraSpec
 from megalm.ops.kernels import Kernels
 from megalm.parallel.layout import Init, even_ranges
 from megalm.parallel.mesh import ParallelContext
@@ -26,6 +27,7 @@ class MLP(nn.Module):
         init: Init,
         out_init: Init,
         kernels: Kernels,
+        lora: LoraSpec | None = None,
     ) -> None:
         super().__init__()
         ranges = even_ranges(inner, parallel.tp.size)
@@ -34,8 +36,9 @@ class MLP(nn.Module):
         self.gated = gated
         names = ("gate", "up") if gated else ("up",)
         projections = tuple(Projection(inner, ranges, name) for name in names)
-        self.up = ColumnParallelLinear(parallel, width, projections, bias=bias, init=init)
-        self.down = RowParallelLinear(parallel, inner, ranges, width, bias=bias, init=out_init)
+        self.up = ColumnParallelLinear(parallel, width, projections, bias=bias, init=init, lora=lora)
+        down = None if lora is None else lora.of("down")
+        self.down = RowParallelLinear(parallel, inner, ranges, width, bias=bias, init=out_init, lora=down)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         inner = self.up(x_TH)

@@ -66,7 +66,8 @@ def logical_pieces(model: nn.Module, parallel: ParallelContext) -> Iterator[tupl
 def materialise(model: nn.Module, parallel: ParallelContext, seed: int | None, dtype: torch.dtype) -> None:
     """Allocate every parameter on the context's device and fill it with its slice of the initial values.
 
-    Without a ``seed`` nothing is filled in: the values are about to be read from somewhere.
+    Without a ``seed`` nothing is filled in: the values are about to be read from somewhere. What does not train, does
+    not afterwards either.
     """
     declared = layouts(model)
     for prefix, module in model.named_modules():
@@ -84,7 +85,7 @@ def materialise(model: nn.Module, parallel: ParallelContext, seed: int | None, d
             if seed is not None:
                 for piece in pieces(full_name, layout, data, parallel.indices):
                     _fill(piece, layout.init, seed)
-            setattr(module, name, nn.Parameter(data))
+            setattr(module, name, nn.Parameter(data, requires_grad=meta.requires_grad))
 
 
 @torch.no_grad()

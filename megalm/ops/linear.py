@@ -56,7 +56,8 @@ def computed_again_alike() -> tuple[AbstractContextManager[None], AbstractContex
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``: (..., in), (out, in) and (out) to (..., out)."""
     later = _collecting.get()
-    if later is None or not torch.is_grad_enabled():
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if later is None or not trains or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     out: torch.Tensor = _Later.apply(x, weight, bias, later)
     return out

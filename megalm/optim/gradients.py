@@ -22,7 +22,7 @@ def finish_gradients(weights: Weights) -> None:
     ends of the pipeline have.
     """
     parallel = weights.parallel
-    gradients = {name: weights.gradient(name) for name in weights.masters}
+    gradients = {name: weights.gradient(name) for name in weights.trained}
     with phase("finish gradients"):
         # Every gradient is partial on the data-parallel axis; layouts say which are on the tensor-parallel one as well.
         all_reduce_coalesced((g for name, g in gradients.items() if "tp" in weights.layouts[name].partial), parallel.tp)
@@ -74,7 +74,9 @@ def global_norm(weights: Weights) -> torch.Tensor:
 def clip_gradients(weights: Weights, norm: float, limit: float) -> None:
     """Scale all gradients so that their global norm is at most ``limit``."""
     if norm > limit > 0:
-        torch._foreach_mul_([weights.gradient(name) for name in weights.masters], limit / (norm + 1e-6))
+        gradients = [weights.gradient(name) for name in weights.trained]
+        if gradients:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
 def first_not_finite(weights: Weights) -> str | None:

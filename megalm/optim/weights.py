@@ -26,16 +26,20 @@ class Weights:
         self.parallel = parallel
         self.layouts: dict[str, Layout] = layouts(model)
         self.masters: dict[str, torch.Tensor] = {}
+        self.trained: dict[str, torch.Tensor] = {}
+        """Those that move; the others have neither gradient nor optimizer state."""
         self._rounded: list[tuple[nn.Parameter, torch.Tensor]] = []
         for name, parameter in model.named_parameters():
-            if parameter.dtype == compute_dtype:
-                self.masters[name] = parameter
-                continue
-            master = parameter.detach().clone()
-            parameter.data = master.to(compute_dtype)
-            parameter.register_post_accumulate_grad_hook(self._move_gradient(master))
+            master: torch.Tensor = parameter
+            if parameter.dtype != compute_dtype:
+                master = parameter.detach().clone()
+                parameter.data = master.to(compute_dtype)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._move_gradient(master))
+                self._rounded.append((parameter, master))
             self.masters[name] = master
-            self._rounded.append((parameter, master))
+            if parameter.requires_grad:
+                self.trained[name] = master
 
     @staticmethod
     def _move_gradient(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -65,24 +69,26 @@ class Weights:
 
         Data-parallel ranks come to hold the same sums, and each of them owns what the first does.
         """
-        return self._pieces({name: self.gradient(name) for name in self.masters})
+        return self._pieces({name: self.gradient(name) for name in self.trained})
 
     def gradient(self, name: str) -> torch.Tensor:
-        """The gradient of one weight, made zero where nothing flowed, so that every rank has the same tensors."""
-        master = self.masters[name]
+        """The gradient of one weight that trains, zero where nothing flowed: every rank has the same tensors."""
+        master = self.trained[name]
         if master.grad is None:
             master.grad = torch.zeros_like(master)
         return master.grad
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for master in self.masters.values():
+        for master in self.trained.values():
             master.grad = None
 
-    def publish(self) -> None:
-        """Round the masters into the parameters that forward and backward use."""
+    def publish(self, *, frozen: bool = False) -> None:
+        """Round the masters into the parameters that forward and backward use; ``frozen``: also those that never move,
+        after they were read from somewhere."""
         for parameter, master in self._rounded:
-            parameter.data.copy_(master)
+            if frozen or parameter.requires_grad:
+                parameter.data.copy_(master)
 
     def _pieces(self, tensors: dict[str, torch.Tensor]) -> list[Piece]:
         return [

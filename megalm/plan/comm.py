@@ -71,14 +71,15 @@ class Planner:
         self.pp = len(pipeline.order.ranks)
         self._dtype = DTYPES[precision]
         self._master = torch.float64 if self._dtype == torch.float64 else torch.float32
-        # By pipeline rank: the layouts of what it holds, and the ways of each of its stages.
+        # By pipeline rank: the layouts of what it holds and trains, and the ways of each of its stages.
         self._layouts: list[dict[str, Layout]] = []
         self._ways: list[list[tuple[Stage, Counter[Way]]]] = []
         for place in range(self.pp):
             stages = pipeline.stages_of(place)
             model = LanguageModel(spec, recording_context(grid, []), stages)
             declared = layouts(model)
-            self._layouts.append({name: declared[name] for name, _ in model.named_parameters()})
+            moving = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+            self._layouts.append({name: declared[name] for name in moving})
             self._ways.append([(stage, ways(model.backbone, stage)) for stage in stages])
 
     def step(self, objective: Scorer, microbatches: Microbatches) -> list[AlikeRanks]:

@@ -88,7 +88,7 @@ class LossProbe:
         for module in model.modules():
             for name, meta in list(module.named_parameters(recurse=False)):
                 values = torch.empty(meta.shape, dtype=self._dtype).normal_(std=0.02, generator=draw)
-                setattr(module, name, torch.nn.Parameter(values))
+                setattr(module, name, torch.nn.Parameter(values, requires_grad=meta.requires_grad))
         if model.lm_head is not None:
             model.lm_head.vocab_size = self._spec.vocab_size  # ranks agree by it on the size of messages
         return model

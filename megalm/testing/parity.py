@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megalm.model.language_model import LanguageModel, logical_shapes
+from megalm.model.language_model import LanguageModel, trained_shapes
 from megalm.nn.module import materialise
 from megalm.optim.gradients import all_reduce_coalesced, finish_gradients, global_norm
 from megalm.optim.weights import DTYPES, Weights
@@ -87,7 +87,7 @@ def gradients_of(
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}
     out.update({f"{LOSS}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.terms.items()})
-    shapes = logical_shapes(prepared.spec) if parallel.pp.size > 1 else None
+    shapes = trained_shapes(prepared.spec) if parallel.pp.size > 1 else None
     out.update(whole_gradients(weights, shapes))
     return out
 
@@ -95,11 +95,11 @@ def gradients_of(
 def whole_gradients(weights: Weights, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
     """Every logical gradient, whole, on every rank.
 
-    ``shapes``: of all logical tensors, where a rank has not all of them (:func:`logical_shapes`).
+    ``shapes``: of all logical tensors, where a rank has not all of them (:func:`trained_shapes`).
     """
     parallel, pieces = weights.parallel, weights.gradient_pieces()
     shapes = shapes or {piece.name: piece.part.shape for piece in pieces}
-    dtype = pieces[0].local.dtype
+    dtype = next((piece.local.dtype for piece in pieces), next(iter(weights.masters.values())).dtype)
     whole = {name: torch.zeros(shape, dtype=dtype, device=parallel.device) for name, shape in shapes.items()}
     for piece in pieces:
         if piece.owned is not None:

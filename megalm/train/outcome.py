@@ -24,9 +24,11 @@ from megalm.train.prepare import Prepared
 from megalm.train.run_folder import CHECKPOINTS, METRICS, SAMPLE
 
 
-def is_complete(prepared: Prepared, done: int) -> bool:
-    """The run has taken its last step and said so; an earlier summary is of a run that was since made longer."""
-    return done >= prepared.resolved.config.train.steps and read_summary(prepared.run_dir).get("steps") == done
+def is_complete(prepared: Prepared, done: int, stopped: bool = False) -> bool:
+    """The run has taken its last step, or ``stopped`` after this one for good, and said so; an earlier summary is of a
+    run that was since made longer."""
+    over = stopped or done >= prepared.resolved.config.train.steps
+    return over and read_summary(prepared.run_dir).get("steps") == done
 
 
 def sample_of(prepared: Prepared, model: LanguageModel) -> str | None:

@@ -28,6 +28,8 @@ from megalm.plugin.contract.pipeline_csv import order_to_csv
 from megalm.plugin.contract.source import AddressedSource, DataSource, StreamSource
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
+from megalm.train.best import selection_problems
+from megalm.train.finetune import tuning_problems
 from megalm.train.objective import TrainingObjective, build_objective
 
 CHECKED_BYTES = 1 << 30
@@ -142,7 +144,8 @@ def prepare_run(
             [f"eval.baselines compares next-token models with the loss, which {objective.name} does not measure"]
         )
     spec = resolve_model(config, objective.needs, tokenizer.vocab_size)
-    if problems := layout_problems(config, spec, world_size):
+    problems = [*tuning_problems(spec), *selection_problems(config, objective.weights)]
+    if problems := [*problems, *layout_problems(config, spec, world_size)]:
         raise ConfigError(problems)
     layout, train_rows = config.parallel, config.train
     dp = world_size // (layout.tp * layout.pp)

@@ -17,6 +17,7 @@ from megalm.checkpoint.manifest import Manifest, read_manifest, verify_files
 from megalm.errors import CheckpointError, UsageError
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
+from megalm.train.finetune import check_beginning
 from megalm.train.prepare import Prepared
 from megalm.train.provenance import check_plugins
 from megalm.train.run_folder import CHECKPOINTS, RunLock
@@ -28,6 +29,8 @@ class Start:
 
     folder: Path
     manifest: Manifest
+    weights_only: bool = False
+    """A fine-tuning run takes nothing else from it."""
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -44,6 +47,11 @@ def own_identity(prepared: Prepared) -> dict[str, Any]:
     return {"data": prepared.data_identity, "global_batch": prepared.resolved.config.train.global_batch}
 
 
+def tunes(prepared: Prepared) -> bool:
+    """Whether it is a fine-tuning run."""
+    return prepared.spec.tuning.method != "none"
+
+
 def find_start(
     prepared: Prepared, parallel: ParallelContext, lock: RunLock, warn: Callable[[str], None]
 ) -> Start | None:
@@ -58,7 +66,7 @@ def find_start(
             if manifest is not None:
                 accept = _own if own else _foreign
                 _first_tells(parallel, partial(accept, prepared, folder, manifest, complaints, warn))
-                return Start(folder, manifest)
+                return Start(folder, manifest, weights_only=not own and tunes(prepared))
             complaints.append(complaint)
             if not own:
                 raise CheckpointError(complaint)
@@ -95,6 +103,8 @@ def _candidates(prepared: Prepared, lock: RunLock) -> tuple[bool, list[str]]:
     if own := complete_checkpoints(root):
         return True, [str(folder) for folder in own]
     named = prepared.resolved.config.checkpoint.load
+    if named is None and tunes(prepared):
+        raise CheckpointError("finetune.method trains a model on: name its checkpoint as checkpoint.load")
     return False, [] if named is None else [str(resolve(Path(named)))]
 
 
@@ -133,6 +143,10 @@ def _foreign(
     prepared: Prepared, folder: Path, manifest: Manifest, complaints: list[str], warn: Callable[[str], None]
 ) -> None:
     """Accept a checkpoint that a fresh run is to start from."""
+    if tunes(prepared):
+        _check_identity(folder, manifest, {"tokenizer": prepared.tokenizer.identity})
+        check_beginning(prepared.spec, folder, manifest, warn)
+        return
     _check_identity(folder, manifest, identity(prepared))
     _check_plugins(folder, manifest, prepared, warn)
     steps = prepared.resolved.config.train.steps

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.folders import newest_whole, open_whole
+from megalm.checkpoint.folders import newest_whole, open_whole, resolve
 from megalm.checkpoint.load import load_state
 from megalm.checkpoint.manifest import MANIFEST, Manifest
 from megalm.checkpoint.state import TrainingState
@@ -106,6 +106,8 @@ class Stored:
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     """The checkpoint folder that is meant: the folder itself, or the newest whole one of a run, with why newer ones
     were passed over. CheckpointError where there is none."""
+    if path.is_file():  # "latest" or "best"
+        path = resolve(path)
     if (path / MANIFEST).is_file():
         return path, []
     root = path / CHECKPOINTS
@@ -156,6 +158,7 @@ def model_configuration(config: Mapping[str, Any], manager: PluginManager) -> Re
         "data": {"path": _data_path(config.get("data", {}))},
         "train": {**_ANY, **{key: train[key] for key in _MODEL_KEYS if key in train}},
         "objective": config.get("objective", {}),
+        "finetune": {key: value for key, value in config.get("finetune", {}).items() if value is not None},
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stored.toml"

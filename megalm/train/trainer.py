@@ -29,11 +29,14 @@ from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
+from megalm.train.best import Best
 from megalm.train.feed import TrainFeed, evaluation_rows
+from megalm.train.finetune import load_weights
 from megalm.train.outcome import ensure_report, is_complete, sample_of, show_outcome, write_outcome
 from megalm.train.preemption import REASON, Preemption
 from megalm.train.prepare import Prepared
 from megalm.train.provenance import used_plugins
+from megalm.train.rates import make_optimizer, set_rate
 from megalm.train.recorder import PipelineRecorder
 from megalm.train.resume import Start, find_start, identity, own_identity
 from megalm.train.run_folder import CHECKPOINTS, METRICS, RunLock, start_run_folder
@@ -60,9 +63,7 @@ class Trainer:
         self.model = LanguageModel(prepared.spec, parallel, prepared.pipeline.stages_of(parallel.pp.index))
         materialise(self.model, parallel, self.config.run.seed, master)
         self.weights = Weights(self.model, parallel, precision)
-        self.optimizer = prepared.optimizer.build(
-            self.weights.masters, self.config.train.lr, prepared.optimizer_settings
-        )
+        self.optimizer = make_optimizer(prepared, self.weights)
         self.feed = TrainFeed(
             self.objective,
             train_samples(prepared, parallel),
@@ -85,6 +86,7 @@ class Trainer:
             say=self.console.message,
         )
         self.preemption = Preemption(kept.preemption_deadline, self._last_word)
+        self.best = Best(self.config)
         self.warnings: list[str] = []
         self.inherited: dict[str, Any] = {}
         """What a checkpoint remembers of where its model came from, and hands on."""
@@ -104,10 +106,17 @@ class Trainer:
 
     def _run(self, lock: RunLock) -> None:
         start = find_start(self.prepared, self.parallel, lock, self._warn)
+        if start is not None and start.weights_only:
+            with phase("load weights"):
+                load_weights(start.folder, start.manifest, self.weights)
+            self._inherit(start)
+            start = None
         done = 0 if start is None else self._load(start)
         steps = self.config.train.steps
+        self.best.recall(self.metrics.path, done, self.parallel)
+        stopped = self.best.stop is not None
         with phase("is the run complete"):
-            complete = self.parallel.world.broadcast_json(self.leader and is_complete(self.prepared, done))
+            complete = self.parallel.world.broadcast_json(self.leader and is_complete(self.prepared, done, stopped))
         if complete:
             self.console.message(f"the run in {self.prepared.run_dir} is complete ({done} steps); nothing to do")
             if self.leader:
@@ -152,9 +161,10 @@ class Trainer:
         """Take the steps that are left; why the run stopped before the last one, if it did."""
         train = self.config.train
         started, tokens = time.perf_counter(), 0
-        step, reason = done, None
+        step = done
         self.recorder.start(done, train.steps)
         self._evaluate_again(info, done)
+        reason = self.best.stop
         while step < train.steps and reason is None:
             step += 1
             tokens += self.tokens_per_step
@@ -164,7 +174,7 @@ class Trainer:
             self.saver.finish()
         if reason is not None:
             self.console.message(f"stopped after step {step}: {reason}")
-            if step < train.steps:
+            if step < train.steps and reason != self.best.stop:
                 self.console.finish()
                 return reason
         self._finish(step, time.perf_counter() - started, tokens)
@@ -192,12 +202,13 @@ class Trainer:
                 self.saver.reserve(training_state(self.weights, self.optimizer))
             self.saver.poll()
         reason = self._should_stop(info, step)
-        last = step == self.config.train.steps
+        last, best = step == self.config.train.steps, False
         if not last and self.preemption.asked(self.parallel):
             reason = REASON
         elif last or self._evaluation_due(step):
-            self._evaluate(info, step, last)
-        if last or reason or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+            best = self._evaluate(info, step, last)
+            reason = reason or self.best.stop
+        if last or reason or best or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
             self._save(info, step)
         return reason
 
@@ -221,8 +232,7 @@ class Trainer:
         with phase("update"):
             clip_gradients(self.weights, norm, self.config.train.clip_grad)
             rate = self.prepared.schedule.at(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             self.optimizer.step()
             self.weights.publish()
             self.weights.zero_grad()
@@ -239,7 +249,8 @@ class Trainer:
             "Lower train.lr, lengthen the warm-up, or look at this step's samples"
         )
 
-    def _evaluate(self, info: RunInfo, step: int, last: bool) -> None:
+    def _evaluate(self, info: RunInfo, step: int, last: bool) -> bool:
+        """Evaluate; whether a checkpoint of this step is to be kept as the best."""
         samples = (self.config.eval.final_samples if last else None) or self.config.eval.samples
         rows = evaluation_rows(
             self.objective,
@@ -261,6 +272,7 @@ class Trainer:
         self.console.eval(step, record)
         flat = {"loss": losses.total, **{f"terms.{name}": value for name, value in losses.terms.items()}}
         self.prepared.manager.hook.megalm_eval_end(run=info, step=step, metrics=flat)
+        return self.best.see(step, record)
 
     def _evaluation_due(self, step: int) -> bool:
         return bool(self.config.eval.every and step % self.config.eval.every == 0)
@@ -309,7 +321,7 @@ class Trainer:
             "callbacks": callbacks,
         }
         with phase("save checkpoint"):
-            self.saver.save(step, training_state(self.weights, self.optimizer), state)
+            self.saver.save(step, training_state(self.weights, self.optimizer), state, best=self.best.kept)
 
     def _saving(self) -> str | None:
         """How far the checkpoint is that is being written beside the training."""
@@ -323,17 +335,15 @@ class Trainer:
 
     def _load(self, start: Start) -> int:
         with phase("resume"):
-            manifest = start.manifest
-            origin = Origin.of(manifest.state)
-            self.inherited = {} if origin is None else {ORIGIN: manifest.state[ORIGIN]}
+            manifest, origin = start.manifest, self._inherit(start)
             whole = {*logical_shapes(self.prepared.spec), *([] if origin is None else origin.extra)}
-            if manifest.step or manifest.optimizer:
+            if manifest.optimizer or manifest.scalars:
                 allocate_optimizer_state(self.weights, self.optimizer)
                 load_state(start.folder, manifest, training_state(self.weights, self.optimizer, whole))
                 set_scalars(self.weights, self.optimizer, manifest.scalars)
-            else:  # weights from elsewhere, which no optimizer has moved yet
+            else:  # weights alone: from elsewhere, or of an optimizer without state
                 load_state(start.folder, manifest, training_state(self.weights, None, whole))
-            self.weights.publish()
+            self.weights.publish(frozen=True)
         self._skip_documents(start)
         before, now = start.manifest.state.get("layout"), self._place()["layout"]
         if before is not None and before != now:
@@ -342,6 +352,12 @@ class Trainer:
                 "the same samples and draws, and losses equal but for rounding"
             )
         return start.manifest.step
+
+    def _inherit(self, start: Start) -> Origin | None:
+        """Remember what the checkpoint says of where its model came from."""
+        origin = Origin.of(start.manifest.state)
+        self.inherited = {} if origin is None else {ORIGIN: start.manifest.state[ORIGIN]}
+        return origin
 
     def _skip_documents(self, start: Start) -> None:
         """Go on in a stream where the checkpoint was; after one that is of other data, begin it."""
@@ -366,6 +382,7 @@ class Trainer:
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds if tokens else None,
                 "warnings": self.warnings,
+                **self.best.facts(),
             }
             write_outcome(self.prepared, step, facts, text)
             show_outcome(self.prepared, self.console)
