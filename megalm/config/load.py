@@ -50,6 +50,7 @@ class SectionKind:
 
 SECTIONS = {
     "objective": SectionKind("objectives", ("train", "objective")),
+    "head": SectionKind("heads", ("train", "head")),
     "optimizer": SectionKind("optimizers", ("train", "optimizer")),
     "data_source": SectionKind("data_sources", ("data", "source")),
     "lr_schedule": SectionKind("lr_schedules", ("train", "lr_schedule")),

@@ -179,8 +179,34 @@ class BlendEntry(Settings):
     """How often its samples may be seen; a run that needs more is refused. 0: as often as it takes (upsampling)."""
 
 
+class RecordsConfig(Settings):
+    """Labelled records for a head: files of TSV, CSV, JSONL, CoNLL or SQuAD-like JSON."""
+
+    train: list[Folder] = Field(min_length=1)
+    """Files to train on. The labels that occur in them are the head's."""
+    validation: list[Folder] = Field(default_factory=list)
+    """Files to evaluate on; default: a share of ``train``, or what ``validation_only`` says."""
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the records of ``train`` that is held out where nothing else says what to evaluate on."""
+    only: dict[str, str] = Field(default_factory=dict)
+    """Which rows to train on, by column and value: ``{split = "train"}``."""
+    validation_only: dict[str, str] = Field(default_factory=dict)
+    """The same for evaluation."""
+    format: Literal["tsv", "csv", "jsonl", "conll", "squad"] | None = None
+    """Default: what each file's name tells."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Where a field of the head is that files call otherwise: ``{text = "sentence"}``, or by number from 1."""
+    header: bool | None = None
+    """Of tables: whether the first row names the columns; default: unless columns are given by number."""
+    tokenizer: Folder | None = None
+    """As ``megalm data prepare --tokenizer`` takes it; default: that of the checkpoint to start from."""
+
+
 class DataConfig(Settings):
     """What to train and evaluate on."""
+
+    records: RecordsConfig | None = None
+    """Labelled records instead of stores, for ``train.head``."""
 
     blend: list[BlendEntry] = Field(default_factory=list)
     """Several folders instead of ``path``, each with its share of the samples. After every sample each has had its
@@ -209,7 +235,11 @@ class DataConfig(Settings):
     @classmethod
     def _either(cls, path: str | None, info: ValidationInfo) -> str | None:
         blend = info.data.get("blend")
-        if path is None and blend == []:
+        if info.data.get("records") is not None:
+            if path is not None or blend:
+                raise ValueError("a store and data.records exclude each other; a head trains on records")
+            return None
+        if path is None and blend == [] and "records" in info.data:
             raise ValueError("names no store; add path (text), or several as blend, under [data]")
         if path is not None and blend:
             raise ValueError("one store and data.blend exclude each other; put it into data.blend with a weight")
@@ -227,15 +257,17 @@ class DataConfig(Settings):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The folders, one or several."""
+        """The folders of stores, one or several; none of a run on records."""
         return tuple(entry.path for entry in self.blend) if self.path is None else (self.path,)
 
 
 class TrainConfig(Settings):
     """The training loop."""
 
-    objective: str
-    """Component of kind ``objectives``; ``a+b`` trains both on shared examples."""
+    head: str | None = None
+    """Component of kind ``heads`` to train on ``data.records`` instead of an objective; settings in ``[head.NAME]``."""
+    objective: str | None = Field(default=None, validate_default=True)
+    """Component of kind ``objectives``; ``a+b`` trains both on shared examples. Needed without ``head``."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     sequence_length: int = Field(ge=2, le=1 << 26)
@@ -259,6 +291,21 @@ class TrainConfig(Settings):
     """``full`` keeps each layer's input alone for backward and computes the rest again: less memory, more work."""
     precision: Precision = "float32"
     """Type of weights in forward and backward. bfloat16 keeps float32 master weights and gradients."""
+
+    @field_validator("objective")
+    @classmethod
+    def _something(cls, objective: str | None, info: ValidationInfo) -> str | None:
+        head = info.data.get("head")
+        if objective is None and head is None and "head" in info.data:
+            raise ValueError("names nothing to train; add objective (text), or head, under [train]")
+        if objective is not None and head is not None:
+            raise ValueError("a head is trained instead of an objective; leave train.objective or train.head out")
+        return objective
+
+    @property
+    def what(self) -> str:
+        """The objective or the head, as it is named."""
+        return self.objective or self.head or ""
 
 
 LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
@@ -289,10 +336,11 @@ class FinetuneConfig(Settings):
     """Parameters that train besides, by patterns of names: ``backbone.final_norm.*``, ``*.bias``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The learning rate of a layer is that of the one above it times this; heads have ``train.lr``. 1: all alike."""
-    metric: str = "loss"
-    """What evaluations (``eval.every``) are compared by: ``loss``, or a term as ``terms.NAME``."""
-    goal: Literal["min", "max"] = "min"
-    """Whether less of it is better, or more."""
+    metric: str | None = None
+    """What evaluations (``eval.every``) are compared by: ``loss``, a term as ``terms.NAME``, or a head's metric as
+    ``metrics.NAME``; default: a head's first metric, else the loss."""
+    goal: Literal["min", "max"] | None = None
+    """Whether less of it is better, or more; default: as the head says of a metric, less of a loss."""
     min_delta: float = Field(default=0.0, ge=0)
     """It has to become better by more than this."""
     patience: int = Field(default=0, ge=0)
@@ -373,6 +421,7 @@ class Config(Settings):
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     objective: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    head: dict[str, dict[str, Any]] = Field(default_factory=dict)
     optimizer: dict[str, dict[str, Any]] = Field(default_factory=dict)
     lr_schedule: dict[str, dict[str, Any]] = Field(default_factory=dict)
     data_source: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -115,7 +115,8 @@ def _loss_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [("loss", f"{metrics['loss']:.4f}")] if "loss" in metrics else []
     if len(terms) > 1:
         found += [(name, f"{value:.4f}") for name, value in terms.items()]
-    return found
+    measured: Mapping[str, float] = metrics.get("metrics") or {}
+    return found + [(name, f"{value:.4f}") for name, value in measured.items()]
 
 
 def _step_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

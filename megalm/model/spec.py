@@ -188,14 +188,14 @@ def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:
     if spec.coupling != "cell":
         if t.cell is None:
             return []
-        return [f"train.cell = {t.cell} is for objectives that couple rows, and {t.objective} does not; leave it out"]
+        return [f"train.cell = {t.cell} is for objectives that couple rows, and {t.what} does not; leave it out"]
     if t.cell is None:
         cell = t.micro_batch * dp
-        return [f"{t.objective} couples the rows of a cell; give train.cell = train.micro_batch * dp = {cell}"]
+        return [f"{t.what} couples the rows of a cell; give train.cell = train.micro_batch * dp = {cell}"]
     problems = []
     if t.micro_batch * dp != t.cell:
         problems.append(
-            f"{t.objective} couples the rows of a cell, so train.micro_batch * dp = {t.micro_batch} * {dp} must equal "
+            f"{t.what} couples the rows of a cell, so train.micro_batch * dp = {t.micro_batch} * {dp} must equal "
             f"train.cell = {t.cell}"
         )
     if t.global_batch % t.cell:

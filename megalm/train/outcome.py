@@ -66,6 +66,7 @@ def write_outcome(prepared: Prepared, step: int, facts: dict[str, Any], sample: 
         "train_loss": train_loss,
         "eval_loss": evaluated.get("loss"),
         "eval_terms": evaluated.get("terms", {}),
+        **({"eval_metrics": evaluated["metrics"]} if "metrics" in evaluated else {}),
         "weights_sha256": weights_sha256(newest, read_manifest(newest)),
         "parameters": prepared.spec.parameter_count(),
         **facts,

@@ -30,7 +30,9 @@ from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
 from megalm.train.best import selection_problems
 from megalm.train.finetune import tuning_problems
+from megalm.train.head import as_corpus
 from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.task import Task, check_no_task, open_task
 
 CHECKED_BYTES = 1 << 30
 """Parts of a token store up to this size (about a second's reading) are checked whole before every launch."""
@@ -54,13 +56,15 @@ class Prepared:
     kernels: tuple[Decision, ...]
     """What each operation of the model is computed by; none where nothing is going to be computed."""
     train: Corpus | Blend | Stream
-    validation: TokenStore | Blend
+    validation: Corpus | Blend
     optimizer: type[OptimizerPlugin]
     optimizer_settings: Any
     schedule: LRSchedule
     callbacks: dict[str, Callback]
     source: DataSource | None = None
     """What is trained on, where that is no token store."""
+    task: Task | None = None
+    """The head that is trained, and its records."""
 
     @property
     def run_dir(self) -> Path:
@@ -70,6 +74,8 @@ class Prepared:
     @property
     def data_identity(self) -> str:
         """Hex SHA-256 over the hashes of the token files, and over what else decides which samples come when."""
+        if self.task is not None:
+            return self.task.identity
         data = self.resolved.config.data
         content = {
             "stores": [
@@ -111,17 +117,9 @@ def prepare_run(
     wrong with one kind of thing.
     """
     config = resolved.config
-    make_room(len(config.data.blend))
-    validation = _open(config.data, "validation")
-    first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
-    component, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
-    source = _source(resolved, manager)
-    train = _open(config.data, "train") if source is None else _opened(source, config.data, tokenizer)
-    for store in (*stores_of(train), *stores_of(validation)):
-        store.check_tokenizer(tokenizer)
-    packing = config.data.packing_window if config.data.packing else 0
-    env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length, packing=packing)
-    objective = build_objective(resolved, manager, env)
+    opened = _open_corpus(resolved, manager) if config.train.head is None else _open_records(resolved, manager)
+    tokenizer, objective, train, validation = opened.tokenizer, opened.objective, opened.train, opened.validation
+    source = opened.source
     for part, corpus in (("training", train), ("validation", validation)):
         for each in _corpora(corpus):
             objective.check_corpus(each)
@@ -144,7 +142,8 @@ def prepare_run(
             [f"eval.baselines compares next-token models with the loss, which {objective.name} does not measure"]
         )
     spec = resolve_model(config, objective.needs, tokenizer.vocab_size)
-    problems = [*tuning_problems(spec), *selection_problems(config, objective.weights)]
+    goals = {} if opened.task is None else opened.task.head.goals()
+    problems = [*tuning_problems(spec), *selection_problems(config, objective.weights, goals)]
     if problems := [*problems, *layout_problems(config, spec, world_size)]:
         raise ConfigError(problems)
     layout, train_rows = config.parallel, config.train
@@ -175,7 +174,7 @@ def prepare_run(
     return Prepared(
         resolved=resolved,
         manager=manager,
-        tokenizer_component=component,
+        tokenizer_component=opened.component,
         tokenizer=tokenizer,
         objective=objective,
         spec=spec,
@@ -192,7 +191,48 @@ def prepare_run(
             if section == "callback"
         },
         source=source,
+        task=opened.task,
     )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is trained, and on what."""
+
+    component: str
+    tokenizer: Tokenizer
+    objective: TrainingObjective
+    train: Corpus | Blend | Stream
+    validation: Corpus | Blend
+    source: DataSource | None = None
+    task: Task | None = None
+
+
+def _open_corpus(resolved: Resolved, manager: PluginManager) -> _Opened:
+    """The stores or the source, and the objective over them."""
+    config = resolved.config
+    check_no_task(config)
+    make_room(len(config.data.blend))
+    validation = _open(config.data, "validation")
+    first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
+    component, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
+    source = _source(resolved, manager)
+    train = _open(config.data, "train") if source is None else _opened(source, config.data, tokenizer)
+    for store in (*stores_of(train), *stores_of(validation)):
+        store.check_tokenizer(tokenizer)
+    packing = config.data.packing_window if config.data.packing else 0
+    env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=config.train.sequence_length, packing=packing)
+    return _Opened(component, tokenizer, build_objective(resolved, manager, env), train, validation, source)
+
+
+def _open_records(resolved: Resolved, manager: PluginManager) -> _Opened:
+    """The head, and its records."""
+    task = open_task(resolved, manager)
+    objective = task.objective
+    for records in (task.train, task.validation):
+        objective.check_corpus(as_corpus(records))
+    corpora = task.train_corpus, task.validation_corpus
+    return _Opened(task.component, task.tokenizer, objective, *corpora, task=task)
 
 
 def verify_data(prepared: Prepared) -> None:
@@ -223,6 +263,8 @@ def _print_of(corpus: Corpus) -> list[Any]:
 
 
 def _name(corpus: Corpus, data: DataConfig) -> str:
+    if data.records is not None:
+        return f"data.records: {', '.join(data.records.train)}"
     return f"data.path: {corpus.folder}" if isinstance(corpus, TokenStore) else f"data.source {data.source}"
 
 

@@ -28,15 +28,17 @@ from megalm.model.spec import ModelSpec, resolve_model
 from megalm.nn.module import materialise
 from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
+from megalm.plugin.contract.head import HeadEnv
 from megalm.plugin.contract.objective import ObjectiveEnv
 from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
 from megalm.plugin.manager import PluginManager
+from megalm.train.head import head_objective
 from megalm.train.objective import TrainingObjective, build_objective
 from megalm.train.run_folder import CHECKPOINTS
 
 NO_TOKENIZER = "none"
 """Identity of the tokenizer of a model that was imported without one."""
-_MODEL_KEYS = ("objective", "sequence_length", "precision")
+_MODEL_KEYS = ("objective", "head", "sequence_length", "precision")
 """Keys of [train] that say something of the model; the others have to be there, so they get any value."""
 _ANY = {"steps": 1, "global_batch": 1, "micro_batch": 1, "lr": 1.0}
 
@@ -132,12 +134,12 @@ def open_stored(
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder}: does not say which configuration it was made with")
     resolved = model_configuration(config, manager)
-    found = tokenizer or _nearby(folder, resolved, manager)
+    found = tokenizer or nearby_tokenizer(folder, resolved, manager)
     identity = manifest.state.get("tokenizer")
     if found is None and required:
         raise TokenizerError(
-            f"{folder}: its tokenizer is neither in {folder / TOKENIZER_FOLDER} nor in "
-            f"{resolved.config.data.paths[0]}; name it with --tokenizer"
+            f"{folder}: its tokenizer is neither in {folder / TOKENIZER_FOLDER} nor with its run or data "
+            f"({', '.join(resolved.config.data.paths)}); name it with --tokenizer"
         )
     if found is not None and identity not in (found[1].identity, NO_TOKENIZER):
         raise TokenizerError(
@@ -145,7 +147,7 @@ def open_stored(
             f"{found[1].identity[:16]}; name the right one with --tokenizer"
         )
     component, known = found or (None, UnknownTokenizer(resolved.config.model.vocab_size or 1))
-    objective, spec = objective_and_spec(resolved, manager, known)
+    objective, spec = objective_and_spec(resolved, manager, known, manifest.state.get("head"))
     return Stored(folder, manifest, resolved, component, known, objective, spec)
 
 
@@ -156,7 +158,8 @@ def model_configuration(config: Mapping[str, Any], manager: PluginManager) -> Re
         "run": {"dir": "-"},
         "model": config.get("model", {}),
         "data": {"path": _data_path(config.get("data", {}))},
-        "train": {**_ANY, **{key: train[key] for key in _MODEL_KEYS if key in train}},
+        "train": {**_ANY, **{key: train[key] for key in _MODEL_KEYS if train.get(key) is not None}},
+        "head": config.get("head", {}),
         "objective": config.get("objective", {}),
         "finetune": {key: value for key, value in config.get("finetune", {}).items() if value is not None},
     }
@@ -173,16 +176,27 @@ def _data_path(data: Mapping[str, Any]) -> str:
 
 
 def objective_and_spec(
-    resolved: Resolved, manager: PluginManager, tokenizer: Tokenizer
+    resolved: Resolved,
+    manager: PluginManager,
+    tokenizer: Tokenizer | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> tuple[TrainingObjective, ModelSpec]:
-    """What is trained, and the model that it needs."""
-    env = ObjectiveEnv(tokenizer=tokenizer, sequence_length=resolved.config.train.sequence_length)
-    objective = build_objective(resolved, manager, env)
+    """What is trained, and the model that it needs. ``head``: what a checkpoint says of one that was trained."""
+    tokenizer = tokenizer or UnknownTokenizer(resolved.config.model.vocab_size or 1)
+    length = resolved.config.train.sequence_length
+    if head is None:
+        objective = build_objective(resolved, manager, ObjectiveEnv(tokenizer=tokenizer, sequence_length=length))
+    else:
+        env = HeadEnv(tokenizer, length, tuple(head["labels"]), head["attention"])
+        key = ("head", str(resolved.config.train.head))
+        cls = manager.load_component(resolved.components[key])
+        objective = head_objective(head["name"], cls(resolved.sections[key], env))
     return objective, resolve_model(resolved.config, objective.needs, tokenizer.vocab_size)
 
 
-def _nearby(folder: Path, resolved: Resolved, manager: PluginManager) -> tuple[str, Tokenizer] | None:
-    for place in (folder, *map(Path, resolved.config.data.paths)):
+def nearby_tokenizer(folder: Path, resolved: Resolved, manager: PluginManager) -> tuple[str, Tokenizer] | None:
+    """The tokenizer that lies with a checkpoint, its run, or its run's data."""
+    for place in (folder, folder.parent.parent, *map(Path, resolved.config.data.paths)):
         if (place / TOKENIZER_FOLDER / DESCRIPTOR).is_file():
             return load_tokenizer(place / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
     return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ from megalm.plugin.contract.objective import Corpus
 from megalm.plugin.contract.source import StreamSource
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.train.objective import TrainingObjective
-from megalm.train.prepare import Prepared
+
+if TYPE_CHECKING:
+    from megalm.train.prepare import Prepared
 
 
 def train_samples(prepared: Prepared, parallel: ParallelContext) -> Corpus | Blend | StreamedSamples:

@@ -29,7 +29,7 @@ from megalm.optim.weights import DTYPES, Weights
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
-from megalm.train.best import Best
+from megalm.train.best import Best, flat_metrics
 from megalm.train.feed import TrainFeed, evaluation_rows
 from megalm.train.finetune import load_weights
 from megalm.train.outcome import ensure_report, is_complete, sample_of, show_outcome, write_outcome
@@ -86,7 +86,7 @@ class Trainer:
             say=self.console.message,
         )
         self.preemption = Preemption(kept.preemption_deadline, self._last_word)
-        self.best = Best(self.config)
+        self.best = Best(self.config, {} if prepared.task is None else prepared.task.head.goals())
         self.warnings: list[str] = []
         self.inherited: dict[str, Any] = {}
         """What a checkpoint remembers of where its model came from, and hands on."""
@@ -133,6 +133,8 @@ class Trainer:
         )
         if self.leader:
             start_run_folder(self.prepared.resolved, lock)
+            if self.prepared.task is not None:
+                self.prepared.task.save_tokenizer(self.prepared.run_dir)
             self.metrics.truncate_after(done)
         hook = self.prepared.manager.hook
         for name, callback in self.prepared.callbacks.items():
@@ -266,11 +268,16 @@ class Trainer:
             losses = evaluate(self.model, self.objective, rows, self.prepared.pipeline)
         if not math.isfinite(losses.total):
             raise TrainingError(f"evaluation after step {step}: loss is {losses.total}; lower train.lr")
-        record = {"loss": losses.total, "terms": losses.terms}
+        record: dict[str, Any] = {"loss": losses.total, "terms": losses.terms}
+        if self.prepared.task is not None:
+            with phase("measure"):
+                record["metrics"] = self.prepared.task.measure(
+                    self.model, samples, self.config.train.micro_batch, self.prepared.pipeline
+                )
         if self.leader:
             self.metrics.append({"step": step, "eval": record})
         self.console.eval(step, record)
-        flat = {"loss": losses.total, **{f"terms.{name}": value for name, value in losses.terms.items()}}
+        flat = flat_metrics(record)
         self.prepared.manager.hook.megalm_eval_end(run=info, step=step, metrics=flat)
         return self.best.see(step, record)
 
@@ -317,6 +324,7 @@ class Trainer:
             "stream": self.feed.state(step),
             **self._place(),
             **self.inherited,
+            **({} if self.prepared.task is None else {"head": self.prepared.task.state}),
             "config": self.prepared.resolved.as_dict(),
             "callbacks": callbacks,
         }
@@ -423,7 +431,9 @@ class Trainer:
         }
 
     def _data(self) -> str:
-        train, source = self.prepared.train, self.prepared.source
+        train, source, task = self.prepared.train, self.prepared.source, self.prepared.task
+        if task is not None:
+            return f"{len(task.train):,} records to train on, {len(task.validation):,} to evaluate on"
         if isinstance(train, Stream):
             return f"stream {train.source.identity}"
         if source is not None:
