@@ -14,12 +14,14 @@ import typer
 from megalm.cli.check_plugin import check_plugin
 from megalm.cli.config import config
 from megalm.cli.doctor import doctor
+from megalm.cli.evaluate import evaluate
 from megalm.cli.generate import generate
 from megalm.cli.lazy import lazy_group
 from megalm.cli.merge import merge
 from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
+from megalm.cli.predict import predict
 from megalm.cli.schedule import schedule
 from megalm.errors import UsageError
 
@@ -39,6 +41,8 @@ app.command()(plan)
 app.command()(schedule)
 app.command()(doctor)
 app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(predict)
 app.command()(merge)
 app.add_typer(
     typer.Typer(
