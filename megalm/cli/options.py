@@ -19,7 +19,9 @@ NoVerify = Annotated[
 ]
 Tolerance = Annotated[
     float | None,
-    typer.Option("--tolerance", min=0.0, help="Largest difference, as a share of the largest value; default: 1e-5."),
+    typer.Option(
+        "--tolerance", min=0.0, help="Largest difference, as a share of the largest value; default: 1e-5."
+    ),
 ]
 
 

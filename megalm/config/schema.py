@@ -334,6 +334,9 @@ class FinetuneConfig(Settings):
     """``adapter``: inner width."""
     also_train: list[str] = Field(default_factory=list)
     """Parameters that train besides, by patterns of names: ``backbone.final_norm.*``, ``*.bias``."""
+    take: dict[str, str] = Field(default_factory=dict)
+    """Parts of the model, by the beginning of their names, that begin as other parts of the checkpoint:
+    ``{"plugins.sequence_classification.pooler" = "classifiers.pooler"}``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The learning rate of a layer is that of the one above it times this; heads have ``train.lr``. 1: all alike."""
     metric: str | None = None

@@ -30,6 +30,13 @@ def _norm(spec: ModelSpec, parallel: ParallelContext) -> LayerNorm | RMSNorm:
     return make_norm(spec.cfg.norm, parallel, spec.cfg.hidden_size, spec.cfg.norm_eps, kernels=spec.kernels)
 
 
+def _adapter(spec: ModelSpec, parallel: ParallelContext) -> Adapter | None:
+    size, c = spec.tuning.adapter_size, spec.cfg
+    if size is None:
+        return None
+    return Adapter(parallel, c.hidden_size, size, c.activation, Init("normal", c.init_std), spec.kernels)
+
+
 class Embedding(nn.Module):
     """Tokens, positions and token types, then norm and dropout as configured."""
 
@@ -101,6 +108,7 @@ class Layer(nn.Module):
             kernels=spec.kernels,
             lora=spec.tuning.lora,
         )
+        self.attention_adapter = _adapter(spec, parallel)
         self.mlp_norm = _norm(spec, parallel)
         self.mlp = MLP(
             parallel,
@@ -114,11 +122,7 @@ class Layer(nn.Module):
             kernels=spec.kernels,
             lora=spec.tuning.lora,
         )
-        self.attention_adapter = self.mlp_adapter = None
-        if (size := spec.tuning.adapter_size) is not None:
-            self.attention_adapter, self.mlp_adapter = (
-                Adapter(parallel, c.hidden_size, size, c.activation, init, spec.kernels) for _ in range(2)
-            )
+        self.mlp_adapter = _adapter(spec, parallel)
 
     def forward(self, x_TH: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         if self.post:

@@ -8,8 +8,9 @@ recomputation", 2022.)
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,6 +23,7 @@ from megalm.plan.entries import Entry, entry
 from megalm.plan.recording import Grid
 
 LAYER = ("attention", "mlp")
+_NORM = re.compile(r"layers\.\d+\.(attention|mlp)_norm")
 # (way, sequence parallelism) -> operation of forward, of backward
 _SAYS = {
     ("in", False): (None, "all_reduce"),
@@ -39,27 +41,49 @@ class Way:
     """The part of the model that it belongs to: ``embedding``, ``attention``, ``mlp``."""
     way: str
     features: int
+    flows: bool = True
+    """A gradient comes back through it: something before it, or in it, trains."""
+    again: bool = True
+    """Its layer has a backward, and so is computed again where layers are."""
 
 
-def ways(backbone: nn.Module, stage: Stage) -> Counter[Way]:
-    """The ways of one of the backbone's stages, and how many are alike.
+def ways(backbone: nn.Module, stage: Stage, *, post: bool) -> Counter[Way]:
+    """The ways of one of the backbone's stages, and how many are alike. ``post``: norms come after their blocks.
 
-    An embedding that a later stage has for its head alone looks nothing up, so it says nothing here.
+    An embedding that a later stage has for its head alone looks nothing up, so it says nothing here. Modules stand in
+    the order in which they compute, but for a layer's norms, which may come after their block. Into a later stage a
+    gradient always flows: the stage before is to get it.
     """
     found: Counter[Way] = Counter()
+    flowing, alive, entered, behind = not stage.first, True, -1, False
     for path, module in backbone.named_modules():
         place, _, rest = path.partition(".")
-        here = int(rest.partition(".")[0]) in stage.layers if place == "layers" and rest else stage.first
-        if not here:
+        number = int(rest.partition(".")[0]) if place == "layers" and rest else -1
+        if not (number in stage.layers if number >= 0 else stage.first) or not path or path == "layers":
             continue
+        if number != entered:
+            flowing, behind = flowing or behind, False
+            entered, alive = number, flowing or _trains(module.parameters())
+        own = dict(module.named_parameters(recurse=False))
+        trains = _trains(own.values())
         item = next((name for name in path.split(".") if name != "layers" and not name.isdigit()), path)
         if isinstance(module, ColumnParallelLinear):
-            found[Way(item, "in", module.weight.shape[1])] += 1
+            found[Way(item, "in", module.weight.shape[1], flowing, alive)] += 1
         elif isinstance(module, RowParallelLinear):
-            found[Way(item, "out", module.weight.shape[0])] += 1
+            # The bias is added outside.
+            product = flowing or _trains(p for name, p in own.items() if name != "bias")
+            found[Way(item, "out", module.weight.shape[0], product, alive)] += 1
         elif isinstance(module, VocabParallelEmbedding):
-            found[Way(item, "out", module.weight.shape[1])] += 1
+            found[Way(item, "out", module.weight.shape[1], trains)] += 1
+        if _NORM.fullmatch(path) and post:
+            flowing, behind = flowing or behind, trains
+        else:
+            flowing = flowing or trains
     return found
+
+
+def _trains(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
 
 
 def backbone_entries(found: Counter[Way], grid: Grid, *, tokens: int, itemsize: int, backward: bool) -> Iterator[Entry]:
@@ -68,7 +92,7 @@ def backbone_entries(found: Counter[Way], grid: Grid, *, tokens: int, itemsize: 
         return
     for way, calls in found.items():
         forward, back = _SAYS[way.way, grid.sharded]
-        for operation in (forward, back if backward else None):
+        for operation in (forward, back if backward and way.flows else None):
             if operation is not None:
                 yield entry(way.item, "tp", operation, grid.tp, tokens * way.features * itemsize, calls)
 
@@ -87,5 +111,5 @@ def recompute_entries(
     for way, calls in found.items():
         forward, _ = _SAYS[way.way, grid.sharded]
         last = ends_early and (way.item, way.way) == ("mlp", "out")
-        if forward is not None and way.item in LAYER and not last:
+        if forward is not None and way.item in LAYER and way.again and not last:
             yield entry("recompute", "tp", forward, grid.tp, tokens * way.features * itemsize, calls)

@@ -74,13 +74,14 @@ class Planner:
         # By pipeline rank: the layouts of what it holds and trains, and the ways of each of its stages.
         self._layouts: list[dict[str, Layout]] = []
         self._ways: list[list[tuple[Stage, Counter[Way]]]] = []
+        post = spec.cfg.norm_placement == "post"
         for place in range(self.pp):
             stages = pipeline.stages_of(place)
             model = LanguageModel(spec, recording_context(grid, []), stages)
             declared = layouts(model)
             moving = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
             self._layouts.append({name: declared[name] for name in moving})
-            self._ways.append([(stage, ways(model.backbone, stage)) for stage in stages])
+            self._ways.append([(stage, ways(model.backbone, stage, post=post)) for stage in stages])
 
     def step(self, objective: Scorer, microbatches: Microbatches) -> list[AlikeRanks]:
         """What each rank communicates in one optimizer step, ``microbatches`` being those of the step.

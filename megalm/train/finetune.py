@@ -7,8 +7,8 @@ said. Step, optimizer and data begin anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,15 @@ def tuning_problems(spec: ModelSpec) -> list[str]:
     return spec.tuning.problems(parameter_names(spec), spec.cfg.layers, spec.projections())
 
 
-def check_beginning(spec: ModelSpec, folder: Path, manifest: Manifest, warn: Say) -> None:
-    """CheckpointError, with every reason, where the checkpoint's backbone is not this run's; else say what differs."""
+def check_beginning(spec: ModelSpec, take: Mapping[str, str], folder: Path, manifest: Manifest, warn: Say) -> None:
+    """CheckpointError, with every reason, where the checkpoint's backbone is not this run's; else say what differs.
+
+    ``take``: as in ``[finetune]``.
+    """
     shapes = logical_shapes(spec)
-    differ = differences(manifest, shapes)
-    problems = [*_settings(spec.cfg, manifest), *_tensors(manifest, shapes, differ)]
+    differ = differences(manifest, shapes, take)
+    problems = [*_settings(spec.cfg, manifest), *_taken(manifest, shapes, take)]
+    problems += _tensors(manifest, shapes, take, differ)
     if still := [name for name in differ.fresh if not name.startswith("backbone.") and not spec.tuning.trains(name)]:
         problems.append(
             f"lacks {_listed(still)}, which would stay at initial values; name what is to train in finetune.also_train"
@@ -68,17 +72,27 @@ def check_beginning(spec: ModelSpec, folder: Path, manifest: Manifest, warn: Say
         warn(f"in {folder.name} but not of this run's model, so left behind: {_listed(differ.left)}")
 
 
-def differences(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> Differences:
+def differences(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], take: Mapping[str, str]) -> Differences:
     """What a checkpoint and a model of these logical tensors do not share."""
+    used = {source_name(name, take) for name in shapes}
     return Differences(
-        fresh=[name for name in shapes if name not in manifest.weights],
-        left=[name for name in manifest.weights if name not in shapes],
+        fresh=[name for name in shapes if source_name(name, take) not in manifest.weights],
+        left=[name for name in manifest.weights if name not in used and name not in shapes],
     )
 
 
-def load_weights(folder: Path, manifest: Manifest, weights: Weights) -> None:
+def source_name(name: str, take: Mapping[str, str]) -> str:
+    """What a checkpoint calls the tensor that a run's tensor begins as."""
+    for part, source in take.items():
+        if name == part or name.startswith(f"{part}."):
+            return source + name[len(part) :]
+    return name
+
+
+def load_weights(folder: Path, manifest: Manifest, weights: Weights, take: Mapping[str, str]) -> None:
     """Fill what the checkpoint has of this rank's weights; the rest keeps its initial values."""
-    shared = [piece for piece in weights.pieces() if piece.name in manifest.weights]
+    named = (replace(piece, name=source_name(piece.name, take)) for piece in weights.pieces())
+    shared = [piece for piece in named if piece.name in manifest.weights]
     everything = frozenset(manifest.weights) | {name.partition("@")[0] for name in manifest.optimizer}
     load_state(folder, manifest, TrainingState(shared, [], {}, everything))
     weights.publish(frozen=True)
@@ -94,11 +108,25 @@ def _settings(now: ModelConfig, manifest: Manifest) -> list[str]:
     ]
 
 
-def _tensors(manifest: Manifest, shapes: dict[str, tuple[int, ...]], differ: Differences) -> list[str]:
+def _taken(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], take: Mapping[str, str]) -> list[str]:
+    lines = []
+    for part, source in take.items():
+        mine = [name for name in shapes if source_name(name, {part: source}) != name]
+        if not mine:
+            lines.append(f"finetune.take: this model has no {part}")
+        elif lacks := [name for name in mine if source_name(name, take) not in manifest.weights]:
+            lines.append(f"finetune.take: has nothing for {_listed(lacks)} in {source}")
+    return lines
+
+
+def _tensors(
+    manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], take: Mapping[str, str], differ: Differences
+) -> list[str]:
+    sources = {name: manifest.weights.get(source_name(name, take)) for name in shapes}
     lines = [
-        f"{name}: shape {list(manifest.weights[name].shape)}, but this model's is {list(shape)}"
-        for name, shape in shapes.items()
-        if name in manifest.weights and tuple(manifest.weights[name].shape) != shape
+        f"{name}: shape {record.shape}, but this model's is {list(shapes[name])}"
+        for name, record in sources.items()
+        if record is not None and tuple(record.shape) != shapes[name]
     ]
     tuned = [name for name in differ.left if Tuning.adds(name)]
     if tuned:

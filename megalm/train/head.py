@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megalm.data.labelled.records import Records, corpus_problems, where
-from megalm.errors import DataError, ObjectiveError
+from megalm.errors import DataError, MegalmError, ObjectiveError
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.pipeline.plan import Pipeline
@@ -187,5 +187,7 @@ def predict(
     # Only ranks with the pipeline's last stage have any.
     shares = parallel.dp.gather_json(mine)
     everyone = [pair for stage in parallel.pp.gather_json(shares) for share in stage for pair in share]
+    if len(everyone) != len(rows):
+        raise MegalmError(f"head {name}: {len(everyone)} predictions of {len(rows)} rows reached rank {parallel.rank}")
     found = iter([prediction for _, prediction in sorted(everyone, key=lambda pair: int(pair[0]))])
     return [head.join(record, list(islice(found, count))) for record, count in zip(records, counts, strict=True)]

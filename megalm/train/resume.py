@@ -145,7 +145,7 @@ def _foreign(
     """Accept a checkpoint that a fresh run is to start from."""
     if tunes(prepared):
         _check_identity(folder, manifest, {"tokenizer": prepared.tokenizer.identity})
-        check_beginning(prepared.spec, folder, manifest, warn)
+        check_beginning(prepared.spec, prepared.resolved.config.finetune.take, folder, manifest, warn)
         return
     _check_identity(folder, manifest, identity(prepared))
     _check_plugins(folder, manifest, prepared, warn)

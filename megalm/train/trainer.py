@@ -30,6 +30,7 @@ from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
 from megalm.train.best import Best, flat_metrics
+from megalm.train.describe import heading, layout_words
 from megalm.train.feed import TrainFeed, evaluation_rows
 from megalm.train.finetune import load_weights
 from megalm.train.outcome import ensure_report, is_complete, sample_of, show_outcome, write_outcome
@@ -108,7 +109,7 @@ class Trainer:
         start = find_start(self.prepared, self.parallel, lock, self._warn)
         if start is not None and start.weights_only:
             with phase("load weights"):
-                load_weights(start.folder, start.manifest, self.weights)
+                load_weights(start.folder, start.manifest, self.weights, self.config.finetune.take)
             self._inherit(start)
             start = None
         done = 0 if start is None else self._load(start)
@@ -143,7 +144,7 @@ class Trainer:
         try:
             if start is not None:
                 hook.megalm_load_state(run=info, meta=start.manifest.state.get("callbacks", {}))
-            self.console.start(steps, done, self._heading())
+            self.console.start(steps, done, heading(self.prepared, self.parallel))
             self.console.watch(self._saving)
             hook.megalm_train_start(run=info)
             with self.preemption:
@@ -356,7 +357,7 @@ class Trainer:
         before, now = start.manifest.state.get("layout"), self._place()["layout"]
         if before is not None and before != now:
             self.console.message(
-                f"{start.folder.name} was saved under {_words(before)} and goes on under {_words(now)}: "
+                f"{start.folder.name} was saved under {layout_words(before)} and goes on under {layout_words(now)}: "
                 "the same samples and draws, and losses equal but for rounding"
             )
         return start.manifest.step
@@ -415,35 +416,3 @@ class Trainer:
             "uses": used_plugins(self.prepared),
             "kernels": {decision.operation: decision.as_dict() for decision in self.prepared.kernels},
         }
-
-    def _heading(self) -> dict[str, object]:
-        parallel, pipeline = self.parallel, self.prepared.pipeline
-        layout = f"tp {parallel.tp.size}{' + sp' * parallel.sp}, dp {parallel.dp.size} on {parallel.device}"
-        if parallel.pp.size > 1:
-            layout = f"pp {parallel.pp.size} ({pipeline.name}, {len(pipeline.stages)} stages), {layout}"
-        return {
-            "run": self.prepared.run_dir,
-            "objective": self.objective.name,
-            "model": f"{self.config.model.architecture}, {self.prepared.spec.parameter_count():,} parameters",
-            "layout": layout,
-            "kernels": ", ".join(f"{d.operation} {d.implementation}" for d in self.prepared.kernels),
-            "data": self._data(),
-        }
-
-    def _data(self) -> str:
-        train, source, task = self.prepared.train, self.prepared.source, self.prepared.task
-        if task is not None:
-            return f"{len(task.train):,} records to train on, {len(task.validation):,} to evaluate on"
-        if isinstance(train, Stream):
-            return f"stream {train.source.identity}"
-        if source is not None:
-            return f"{train.num_tokens:,} training tokens of {source.identity}"
-        paths = self.config.data.paths
-        shown = paths if len(paths) < 4 else (*paths[:2], f"and {len(paths) - 2} more")
-        return f"{train.num_tokens:,} training tokens in {', '.join(shown)}"
-
-
-def _words(layout: dict[str, Any]) -> str:
-    """``tp 2 + sp, pp 2, dp 1``."""
-    sp = " + sp" if layout["sp"] else ""
-    return ", ".join(f"{axis} {size}{sp if axis == 'tp' else ''}" for axis, size in layout.items() if axis != "sp")

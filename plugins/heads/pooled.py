@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -52,10 +52,10 @@ class PooledHead(MeasuredHead):
     Longer texts are cut at their ends, of a pair first the longer one.
     """
 
-    Config = PooledConfig
+    Config: ClassVar[type[Settings]] = PooledConfig
     cfg: PooledConfig
 
-    def __init__(self, cfg: PooledConfig, env: HeadEnv) -> None:
+    def __init__(self, cfg: Any, env: HeadEnv) -> None:
         super().__init__(cfg, env)
         special, problems = env.tokenizer.special, []
         first = cfg.pooling in ("pooler", "cls")

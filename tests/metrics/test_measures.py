@@ -82,6 +82,12 @@ def test_spans_whose_types_have_hyphens() -> None:
     report = measures.report([["B-x-work", "I-x-work", "O", "O"]], true)
     assert {name: row["support"] for name, row in report["labels"].items()} == {"x-work": 1, "y-work": 1}
     assert report["averages"]["micro avg"]["recall"] == 0.5
+    hiding = measures.report([["B-micro avg", "B-b"]], [["B-micro avg", "O"]])
+    assert hiding["labels"]["micro avg"]["precision"] == 1.0
+    assert hiding["averages"]["micro avg"]["precision"] == 0.5
+    labels = Measures("class", ["accuracy"]).report(["macro avg", "b"], ["macro avg", "macro avg"])
+    assert labels["labels"]["macro avg"]["recall"] == 0.5
+    assert labels["averages"]["macro avg"]["recall"] == 0.25
     assert marks_spans(["O", "B-a"])
     assert not marks_spans(["O"])
     assert not marks_spans(["B", "I", "O"])

@@ -46,6 +46,16 @@ NAMED = [
     Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1", ACCUMULATE)),
     Case("llama", Grid(3, 1), ("train.recompute=full", "model.gated=true", "model.norm_placement=post")),
     Case("bert", Grid(2, 1, True), ("train.recompute=full", "train.precision=bfloat16")),
+    Case("gpt2", Grid(2, 2), ("finetune.method=lora", "model.layers=2", ACCUMULATE)),
+    Case("llama", Grid(3, 1), ("finetune.method=lora", "finetune.lora_targets=['out','down']", "model.kv_heads=2")),
+    Case("gpt2", Grid(2, 1, True), ("finetune.method=adapter", "finetune.adapter_size=5", "model.layers=2")),
+    Case("bert", Grid(2, 1, True), ("finetune.method=frozen", "finetune.frozen_layers=1", "model.layers=3")),
+    Case("bert", Grid(2, 2), ("finetune.method=frozen", ACCUMULATE)),
+    Case(
+        "bert",
+        Grid(2, 1),
+        ("finetune.method=frozen", "finetune.frozen_layers=2", "model.layers=3", "train.recompute=full"),
+    ),
 ]
 
 

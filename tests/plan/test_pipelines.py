@@ -34,6 +34,7 @@ def run(schedule: str, *more: str) -> tuple[str, ...]:
 
 
 NAMED = [
+    Case("gpt2", Grid(2, 1), ("finetune.method=lora", "model.layers=2", "train.micro_batch=2"), pp=2),
     Case("gpt2", Grid(), run("gpipe", "model.layers=3", TWO), 2),
     Case("gpt2", Grid(2, 2, True), run("1f1b", "model.layers=4", ONE, "train.precision=bfloat16"), 2),
     Case("gpt2", Grid(2), run("1f1b", "model.layers=5", "parallel.pp_split=[1,1,3]", "train.recompute=full", TWO), 3),

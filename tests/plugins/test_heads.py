@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,8 @@ from megalm.train.feed import evaluation_rows
 from megalm.train.head import as_corpus, head_objective, predict
 from megalm.train.step import forward_backward
 from megalm_plugins.heads import MEGALM_API, megalm_heads
+from megalm_plugins.heads.extractive_qa import ExtractiveQA
+from megalm_plugins.heads.multi_label_classification import MultiLabelClassification
 from megalm_plugins.heads.regression import Regression
 from megalm_plugins.heads.sequence_classification import SequenceClassification
 from megalm_plugins.heads.token_classification import TokenClassification
@@ -37,6 +41,7 @@ LABELS = ("O", "B-PER", "I-PER")
 TEXTS = ["a king", "the queen of Rome came and saw", "no", "swords, and more swords", "Wörld 中文"]
 CLASSES = [{"text": text, "label": LABELS[n % 3]} for n, text in enumerate(TEXTS)]
 PAIRS = [{"text": a, "text_pair": b, "label": LABELS[len(a) % 3]} for a, b in zip(TEXTS, TEXTS[::-1], strict=True)]
+SEVERAL = [{"text": text, "labels": list(LABELS[n % 2 : n])} for n, text in enumerate(TEXTS)]
 VALUES = [{"text": text, "value": 1.5 * n - 2} for n, text in enumerate(TEXTS)]
 WORDS = [
     {"words": ["Ann", "of", "Ely"], "tags": ["B-PER", "I-PER", "O"]},
@@ -105,6 +110,7 @@ CASES: dict[str, tuple[type[Head], str, list[dict[str, Any]], dict[str, Any], in
     "a pair": (SequenceClassification, "BertForSequenceClassification", PAIRS, {"pair": True}, 3),
     "a number": (Regression, "BertForSequenceClassification", VALUES, {}, 1),
     "words": (TokenClassification, "BertForTokenClassification", WORDS, {}, 3),
+    "several labels": (MultiLabelClassification, "BertForSequenceClassification", SEVERAL, {}, 3),
 }
 
 
@@ -127,6 +133,8 @@ def test_loss_and_gradients_are_those_of_transformers(case: str) -> None:
             for place, tag in zip(places, tags, strict=True):
                 if place >= 0:
                     labels[row, place] = tag
+    elif case == "several labels":
+        labels, hf.config.problem_type = batch["chosen"].double(), "multi_label_classification"
     else:
         labels = batch["value"] if case == "a number" else batch["label"]
     expected = hf(**given, labels=labels)
@@ -150,10 +158,48 @@ def test_loss_and_gradients_are_those_of_transformers(case: str) -> None:
             assert prediction == {"tags": [LABELS[n] for n in logits[places].argmax(-1)]}
         elif case == "a number":
             assert prediction["value"] == pytest.approx(logits.item(), rel=1e-9)
+        elif case == "several labels":
+            probabilities = logits.sigmoid().tolist()
+            assert list(prediction["probabilities"].values()) == pytest.approx(probabilities, rel=1e-9)
+            assert prediction["labels"] == [name for name, p in zip(LABELS, probabilities, strict=True) if p >= 0.5]
         else:
             assert prediction["label"] == LABELS[int(logits.argmax())]
             probabilities = logits.softmax(-1).tolist()
             assert list(prediction["probabilities"].values()) == pytest.approx(probabilities, rel=1e-9)
+
+
+def test_answers_are_scored_as_transformers_scores_them() -> None:
+    """Of a context in one window, and of one in several: the spans' scores are sums of its logits."""
+    head, hf = make_head(ExtractiveQA, n_best=3, max_answer=4), hf_model("BertForQuestionAnswering", 2)
+    records = [{"question": "who", "context": text} for text in ("a king", "the queen of Rome came and saw")]
+    spec = ModelSpec(
+        ModelConfig(**model_settings(hf.config.to_dict())),
+        *(262, 3, 4, 20, LENGTH, 2, False, False, ()),
+        modules=head_objective("extractive_qa", head).needs.modules,
+    )
+    model = LanguageModel(spec, single_rank())
+    materialise(model, single_rank(), 0, torch.float64)
+    tensors = hf.state_dict()
+    own = {f"plugins.extractive_qa.{leaf}": tensors.pop(f"qa_outputs.{leaf}") for leaf in ("weight", "bias")}
+    fill_from_logical(model, single_rank(), tensor_map("bert", spec).to_logical(tensors) | own)
+    for record, found in zip(records, predict(model, "extractive_qa", head, records, micro_batch=2), strict=True):
+        best: dict[tuple[int, int], float] = {}
+        for part in head.parts(record):
+            row = head.build_example(part)
+            out = hf(
+                input_ids=torch.from_numpy(row["tokens"])[None],
+                token_type_ids=torch.from_numpy(row["token_types"])[None],
+            )
+            for a, b in itertools.combinations_with_replacement(range(1, len(row["places"])), 2):
+                if b - a < 4:
+                    span = (int(row["from_character"][a]), int(row["to_character"][b]))
+                    score = out.start_logits[0, row["places"][a]] + out.end_logits[0, row["places"][b]]
+                    best[span] = max(best.get(span, -math.inf), score.item())
+        order = sorted(best, key=lambda span: -best[span])[:3]
+        assert [tuple(each["span"]) for each in found["candidates"]] == order
+        assert [each["score"] for each in found["candidates"]] == pytest.approx(
+            [best[span] for span in order], rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])

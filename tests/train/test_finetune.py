@@ -14,6 +14,7 @@ import torch
 from megalm.checkpoint.folders import complete_checkpoints
 from megalm.checkpoint.load import logical_weights
 from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.config.load import load_config
 from megalm.errors import CheckpointError, ConfigError
 from megalm.metrics import jsonl
 from megalm.nn.microbatch import make_microbatch
@@ -111,6 +112,24 @@ def test_another_objective(run: Run) -> None:
     for name in (name for name in before if name.startswith("backbone.")):
         np.testing.assert_allclose(after[name], before[name], atol=1e-6, err_msg=name)
     assert set(after) - set(before) == {n for n in after if n.startswith("classifiers.")}
+
+
+def test_a_part_may_begin_as_another(run: Run, tmp_path: Path, manager: Any) -> None:
+    """Here the second layer's MLP as the first one's, under tensor parallelism."""
+    base = run("base", "causal_lm")
+    tune = ["finetune.method=full", f"checkpoint.load={base}", "train.lr=1e-9"]
+    taken = "finetune.take={'backbone.layers.1.mlp'='backbone.layers.0.mlp'}"
+    before, after = weights(base), weights(run("tuned", "causal_lm", *tune, taken, tp=2))
+    for name, value in after.items():
+        source = name.replace("layers.1.mlp.", "layers.0.mlp.")
+        np.testing.assert_allclose(value, before[source], atol=1e-6, err_msg=name)
+    again = load_config(tmp_path / "tuned" / "config.toml", [], manager)
+    assert again.config.finetune.take == {"backbone.layers.1.mlp": "backbone.layers.0.mlp"}
+    run("tuned", "causal_lm", *tune, taken, tp=2)
+    with pytest.raises(CheckpointError, match=r"take: this model has no backbone\.layers\.7"):
+        run("wrong", "causal_lm", *tune, "finetune.take={'backbone.layers.7'='backbone.layers.0'}")
+    with pytest.raises(CheckpointError, match=r"take: has nothing for backbone\.layers\.1\..* in backbone\.layers\.7"):
+        run("wrong", "causal_lm", *tune, "finetune.take={'backbone.layers.1'='backbone.layers.7'}")
 
 
 def test_layers_move_at_their_own_rates(run: Run, prepare: Any) -> None:
@@ -227,9 +246,10 @@ def test_a_run_that_gets_no_better_ends_and_its_best_stays(run: Run) -> None:
 
 def test_a_killed_run_knows_its_best_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     base = run("base", "causal_lm")
-    tune = ["finetune.method=full", f"checkpoint.load={base}", "train.lr=0.3", "train.steps=8", "eval.every=2"]
-    tune += ["checkpoint.every=1", "lr_schedule.cosine.warmup_steps=2"]
+    tune = ["finetune.method=full", f"checkpoint.load={base}", "train.lr=0.01", "train.steps=8", "eval.every=2"]
+    tune += ["checkpoint.every=1", "finetune.goal=max"]  # losses fall, so that the first evaluation stays the best
     whole = run("whole", "causal_lm", *tune)
+    assert (whole / "checkpoints" / "best").read_text() == "step-00000002\n"
     before = Trainer.train_step
 
     def killed(self: Trainer, info: Any, step: int) -> Any:

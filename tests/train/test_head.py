@@ -133,6 +133,35 @@ def test_evaluation_is_the_mean_over_records(subject: HeadSubject) -> None:
     assert evaluate(model, subject.objective, rows).total == pytest.approx(expected, rel=1e-12)
 
 
+def test_parts_are_rows_and_are_joined(subject: HeadSubject, tmp_path: Path) -> None:
+    """A text in parts of five letters; what is predicted of each is joined, and a bad part names the file and line."""
+    from megalm.data.labelled.read import read_records
+    from megalm.train.head import in_parts
+
+    head = subject.make()
+    (tmp_path / "a.tsv").write_text(f"text\tlabel\nabcdefghijklm\t{head.env.labels[0]}\nxyz\t{head.env.labels[1]}\n")
+    records = read_records([tmp_path / "a.tsv"], head.fields())
+    head.parts = lambda r: [{**r, "text": r["text"][n : n + 5]} for n in range(0, len(r["text"]), 5)]  # type: ignore[method-assign]
+    head.join = lambda record, found: [each["label"] for each in found]  # type: ignore[method-assign]
+    rows, counts = in_parts("sc", head, records)
+    assert ([row["text"] for row in rows], counts) == (["abcde", "fghij", "klm", "xyz"], [3, 1])
+    model = serial_model(subject)
+    found = predict(model, subject.name, head, records, micro_batch=3)
+    whole = predict(model, subject.name, subject.make(), [{"text": row["text"]} for row in rows], micro_batch=4)
+    labels = [each["label"] for each in whole]
+    assert found == [labels[:3], labels[3:]]
+
+    def refuse(record: Any) -> Any:
+        raise DataError("field 'text': no")
+
+    head.build_example = refuse  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"head sc: .*a\.tsv: line 3: field 'text': no"):
+        head_objective("sc", head).build(3, as_corpus(rows), (0, "train", 0))
+    head.parts = lambda record: []  # type: ignore[method-assign]
+    with pytest.raises(ObjectiveError, match=r"parts\(\) gives none for .*a\.tsv: line 2"):
+        in_parts("sc", head, records)
+
+
 def test_the_version_and_the_module_are_the_heads() -> None:
     class Later(SequenceClassification):
         version = 3

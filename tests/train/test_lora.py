@@ -69,13 +69,17 @@ def make_known(model: LanguageModel, parallel: ParallelContext) -> None:
 
 
 def gradients(
-    prepared: Prepared, parallel: ParallelContext, pipeline: Pipeline | None = None, model: LanguageModel | None = None
+    prepared: Prepared,
+    parallel: ParallelContext,
+    pipeline: Pipeline | None = None,
+    model: LanguageModel | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, torch.Tensor]:
     config = prepared.resolved.config
     if model is None:
         model = make_model(prepared, parallel, pipeline, seed=7)
         make_known(model, parallel)
-    weights = Weights(model, parallel, torch.float64)
+    weights = Weights(model, parallel, dtype)
     feed = TrainFeed(
         prepared.objective,
         train_samples(prepared, parallel),
@@ -146,6 +150,32 @@ def test_every_layout_equals_a_serial_run(prepare: Any, name: str, layout: str) 
         pipeline = make_pipeline(spec, manager, schedule=schedule, ranks=pp, microbatches=microbatches)
     for found in run_simulated(lambda parallel: gradients(prepared, parallel, pipeline), **grid):
         assert_parity(found, expected, rtol=1e-9, label=layout)
+
+
+def test_layers_that_are_computed_again(prepare: Any) -> None:
+    """Also where weight gradients are put off, and where nothing before a layer trains."""
+    expected = gradients(run_of(prepare, "grouped, gated"), single_rank())
+    prepared = run_of(prepare, "grouped, gated", "train.recompute=full")
+    assert_parity(gradients(prepared, single_rank()), expected, rtol=1e-9)
+    pipeline = make_pipeline(prepared.spec, prepared.manager, schedule="zb-h1", ranks=2, microbatches=4)
+    for found in run_simulated(lambda parallel: gradients(prepared, parallel, pipeline), tp=2, pp=2):
+        assert_parity(found, expected, rtol=1e-9)
+
+
+def test_bfloat16_has_float32_masters_of_what_trains_alone(prepare: Any) -> None:
+    """Put-off gradients of slices of a parameter add up in its master, as those that come at once do."""
+    prepared = run_of(prepare, "gpt2", "train.precision=bfloat16")
+    pipeline = make_pipeline(prepared.spec, prepared.manager, schedule="zb-h1", ranks=2, microbatches=4)
+
+    def rank(parallel: ParallelContext, pipeline: Pipeline | None = None) -> dict[str, torch.Tensor]:
+        model = make_model(prepared, parallel, pipeline, seed=7, dtype=torch.float32)
+        make_known(model, parallel)
+        return gradients(prepared, parallel, pipeline, model, torch.bfloat16)
+
+    expected = rank(single_rank())
+    assert all(value.dtype == torch.float32 for name, value in expected.items() if "lora" in name)
+    for found in run_simulated(lambda parallel: rank(parallel, pipeline), pp=2):
+        assert_parity(found, expected, rtol=3e-2)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2+sp dp2", "zero bubble"])

@@ -68,7 +68,8 @@ def corpus_problems(
     records: Sequence[Record], fields: Mapping[str, FieldSpec], labels: Sequence[str], *, labelled: bool = True
 ) -> tuple[int, list[str]]:
     """How many records the head cannot use, and why: a line for each field of the first few."""
-    bad, lines = 0, []
+    bad = 0
+    lines: list[str] = []
     for number, record in enumerate(records):
         found = record_problems(record, fields, labels, labelled=labelled)
         bad += bool(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,22 +118,25 @@ def set_report(predicted: Sequence[Any], true: Sequence[Any]) -> dict[str, Any]:
 
 def _report(predicted: np.ndarray, true: np.ndarray, names: list[str]) -> dict[str, Any]:
     metrics = library("sklearn.metrics", "report")
+    codes = [f"{index:06d}" for index in range(len(names))]
     out: dict[str, Any] = quietly(
         lambda: metrics.classification_report(
-            true, predicted, labels=range(len(names)), target_names=names, output_dict=True, zero_division=0
+            true, predicted, labels=range(len(names)), target_names=codes, output_dict=True, zero_division=0
         )
     )
-    return tidy_report(out, names)
+    return tidy_report(out, dict(zip(codes, names, strict=True)))
 
 
-def tidy_report(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A library's report as JSON: ``{"labels": {NAME: row}, "averages": {NAME: row}}``."""
+def tidy_report(report: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A library's report as JSON: ``{"labels": {NAME: row}, "averages": {NAME: row}}``. ``names`` of its labels, which
+    are called by number in it, since a label may be called as an average is.
+    """
     rows = {
         name: {key: number(value) for key, value in row.items()}
         for name, row in report.items()
         if isinstance(row, dict)
     }
     return {
-        "labels": {name: rows[name] for name in names},
+        "labels": {names[code]: rows[code] for code in names if code in rows},
         "averages": {name: row for name, row in rows.items() if name not in names},
     }

@@ -1,7 +1,7 @@
 """Measures of spans that tags in IOB2 mark, through seqeval, which counts as CoNLL's own script does.
 
-seqeval takes what stands after a tag's last hyphen for its type, so that B-creative-work and B-team-work would be one.
-It is therefore given types without hyphens, and its report gets the names back.
+Its report is one table of types and averages, where a type that is called "micro avg" would hide an average. So it is
+given types by number, and the report gets their names back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _plain(rows: Sequence[Sequence[str | None]], code: dict[str, str]) -> list[l
 
 
 def _both(predicted: Any, true: Any) -> tuple[list[list[str]], list[list[str]], dict[str, str]]:
-    """Both sides with types that seqeval cannot misread; a word without a tag is outside of every span."""
+    """Both sides with types by number; a word without a tag is outside of every span."""
     types = sorted(
         {tag[2:] for side in (predicted, true) for row in side for tag in row if tag is not None and tag[2:]}
     )
@@ -65,9 +65,7 @@ def span_report(predicted: Sequence[Sequence[str | None]], true: Sequence[Sequen
     metrics = library("seqeval.metrics", "report")
     found = quietly(lambda: metrics.classification_report(b, a, output_dict=True, zero_division=0))
     names = {plain: name for name, plain in code.items()}
-    return tidy_report(
-        {names.get(key, key): row for key, row in found.items()}, [names[k] for k in found if k in names]
-    )
+    return tidy_report(found, names)
 
 
 def word_accuracy(predicted: Sequence[Sequence[str | None]], true: Sequence[Sequence[str]]) -> float:
