@@ -144,6 +144,20 @@ class TestSubjects:
             assert not [layout for layout in layouts_for(subject, True) if layout.pp > 1]
             assert "none with a pipeline, for want of a schedule" in layouts_agree(subject)
 
+    def test_a_sample_is_of_the_quick_ones_and_another_for_each_name(self, campaign_seed: int) -> None:
+        found = []
+        for name in ("causal_lm", "mlm", "nsp"):
+            with (
+                ObjectiveSubject(name, seed=campaign_seed) as whole,
+                ObjectiveSubject(name, seed=campaign_seed, sample=3) as part,
+            ):
+                quick, drawn = layouts_for(whole, False), layouts_for(part, False)
+                assert len({*drawn} & {*quick}) == len(drawn) == 3 < len(quick)
+                assert drawn == layouts_for(part, False)
+                assert layouts_for(part, True) == layouts_for(whole, True)
+                found.append([quick.index(layout) for layout in drawn])
+        assert len({*map(tuple, found)}) > 1
+
     def test_every_rank_has_an_objective_of_its_own(self) -> None:
         with ObjectiveSubject("causal_lm") as subject:
             first = subject.prepared()

@@ -42,6 +42,7 @@ class HeadSubject(ObjectiveSubject):
         manager: default: one with all installed plugins.
         settings: ``key=value`` pairs of the head's own, such as ``pooling=mean``.
         full: every layout of up to sixteen ranks.
+        sample: where it is not full, at most so many layouts, drawn from the quick set; default: all of that.
         seed: of the model, the records, the layouts that are drawn and the schedules.
         records: labelled records; default: made-up ones, as the head's fields ask for.
         labels: names of the classes; default: some where a field holds labels.
@@ -60,6 +61,7 @@ class HeadSubject(ObjectiveSubject):
         manager: PluginManager | None = None,
         settings: Sequence[str] = (),
         full: bool = False,
+        sample: int | None = None,
         seed: int = 0,
         records: Sequence[Record] | None = None,
         labels: Sequence[str] | None = None,
@@ -76,6 +78,7 @@ class HeadSubject(ObjectiveSubject):
             name,
             manager=manager,
             full=full,
+            sample=sample,
             seed=seed,
             tokenizer=tokenizer,
             device=device,

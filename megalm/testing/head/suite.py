@@ -37,6 +37,8 @@ class HeadSuite(Suite):
     """Of the backbone."""
     tokenizer: ClassVar[str] = "byte"
     """A tokenizer that needs no training, or ``component:path``."""
+    sample: ClassVar[int | None] = None
+    """Without ``MEGALM_PROOF=full``, at most so many layouts, drawn from the quick set; default: all of that."""
     device: ClassVar[str] = "cpu"
     """Where ranks compute."""
 
@@ -47,6 +49,7 @@ class HeadSuite(Suite):
             cls.head,
             settings=cls.settings,
             **cls.asked(),
+            sample=cls.sample,
             records=cls.records,
             labels=cls.labels,
             attention=cls.attention,

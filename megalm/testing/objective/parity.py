@@ -7,6 +7,7 @@ on who ran first is a race.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -65,12 +66,16 @@ def assert_layout_parity(
 
 
 def layouts_for(subject: ObjectiveSubject, full: bool) -> list[RankLayout]:
-    """What the seed gives, with pipelines of all schedules that are loaded."""
+    """What the seed gives, with pipelines of all schedules that are loaded. Where the subject asks for a sample of the
+    quick ones, it is another for each name."""
     seed, length = subject.seed, subject.sequence_length
     schedules = loaded_schedules(subject.manager)
     if full:
         return [*full_layouts(seed, length), *full_pipelines(seed, length, schedules)]
-    return [*quick_layouts(seed, length), *quick_pipelines(seed, length, schedules)]
+    quick = [*quick_layouts(seed, length), *quick_pipelines(seed, length, schedules)]
+    if subject.sample is None:
+        return quick
+    return random.Random(f"{subject.name} {seed}").sample(quick, min(subject.sample, len(quick)))
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class ObjectiveSubject:
         manager: default: one with all installed plugins.
         settings: more ``key=value`` overrides, such as ``objective.mlm.mask_prob=0.3``.
         full: every layout of up to sixteen ranks, and more samples.
+        sample: where it is not full, at most so many layouts, drawn from the quick set; default: all of that.
         seed: of the model, the rows, the layouts that are drawn and the schedules.
         tokenizer: component that needs no training, or ``component:path``.
         text: what to train on; default: a made-up text.
@@ -57,6 +58,7 @@ class ObjectiveSubject:
         manager: PluginManager | None = None,
         settings: Sequence[str] = (),
         full: bool = False,
+        sample: int | None = None,
         seed: int = 0,
         tokenizer: str = "byte",
         text: Path | None = None,
@@ -67,6 +69,7 @@ class ObjectiveSubject:
         self.manager = manager or PluginManager.for_launch(None)
         self.settings = tuple(settings)
         self.full = full
+        self.sample = sample
         self.seed = seed
         self.device = device
         self.sequence_length = sequence_length

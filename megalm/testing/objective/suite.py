@@ -32,6 +32,8 @@ class ObjectiveSuite(Suite):
     """A tokenizer that needs no training, or ``component:path``."""
     text: ClassVar[Path | None] = None
     """What to train on; default: a made-up text."""
+    sample: ClassVar[int | None] = None
+    """Without ``MEGALM_PROOF=full``, at most so many layouts, drawn from the quick set; default: all of that."""
     device: ClassVar[str] = "cpu"
     """Where ranks compute."""
 
@@ -42,6 +44,7 @@ class ObjectiveSuite(Suite):
             cls.objective,
             settings=cls.settings,
             **cls.asked(),
+            sample=cls.sample,
             tokenizer=cls.tokenizer,
             text=cls.text,
             device=cls.device,
