@@ -22,7 +22,11 @@ FORMAT = "megalm-token-store"
 VERSION = 2
 
 
-class FileRecord(Settings):
+class _Record(Settings, use_attribute_docstrings=False):
+    """Nobody asks for the documentation of these at run time, and to find it takes longer than to write one."""
+
+
+class FileRecord(_Record):
     """A file of the store."""
 
     bytes: int
@@ -33,7 +37,7 @@ class FileRecord(Settings):
     """Hex checksum at the end of the file's header: of which store, and of which state of it, this file is."""
 
 
-class LinkRecord(Settings):
+class LinkRecord(_Record):
     """Where a part's ids lie, if not in the store: bytes of another program's file."""
 
     bytes: int
@@ -44,7 +48,7 @@ class LinkRecord(Settings):
     """Hex digest of the part's bytes."""
 
 
-class PartRecord(Settings):
+class PartRecord(_Record):
     """One part (train, validation) of the store."""
 
     documents: int
@@ -57,7 +61,7 @@ class PartRecord(Settings):
     """Set where the ids are not in the store's own file."""
 
 
-class TokenizerRecord(Settings):
+class TokenizerRecord(_Record):
     """The tokenizer that made the ids."""
 
     component: str
@@ -69,7 +73,7 @@ class TokenizerRecord(Settings):
     """Id that ends every document, where the tokenizer has one."""
 
 
-class SourceRecord(Settings):
+class SourceRecord(_Record):
     """An input file."""
 
     path: str
@@ -82,7 +86,7 @@ class SourceRecord(Settings):
     """Documents read from it, repeated and dropped ones included."""
 
 
-class PreparationRecord(Settings):
+class PreparationRecord(_Record):
     """What became of the documents on the way from the inputs to the parts."""
 
     removed: dict[str, int] = {}
@@ -95,7 +99,7 @@ class PreparationRecord(Settings):
     """Files and folders that were not read, and why."""
 
 
-class Manifest(Settings):
+class Manifest(_Record):
     """Everything that is known of a store without opening its parts."""
 
     format: str = FORMAT

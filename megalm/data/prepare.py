@@ -82,7 +82,7 @@ def prepare(
     for file in found.files:  # also those of a folder that the output folder lies in
         if Path(os.path.realpath(file.path)).is_relative_to(target):
             raise DataError(f"{file.path}: lies inside the output folder {out}; choose another output folder")
-    work = Work(documents, text_key, skip, max_document, sentences, cleaning)
+    work = Work(documents, text_key, skip, max_document, sentences, cleaning, split=validation > 0)
     options: dict[str, str | float] = {"validation": validation, "documents": documents, "text_key": text_key}
     options |= cleaning.options() | ({} if sentences else {"sentences": "no"}) | ({"on_error": "skip"} if skip else {})
     plan = _Plan(found, work, tokenizer)

@@ -18,6 +18,8 @@ from megalm.data.manifest import FileRecord, PartRecord
 from megalm.errors import TokenizerError
 
 _COPY_BYTES = 1 << 20
+_LONG = 256
+"""Documents of so many tokens are copied one by one; of shorter ones a mask is cheaper."""
 
 
 class PartWriter:
@@ -71,7 +73,7 @@ class PartWriter:
         place = np.cumsum(kept) - 1
         starts = token_ends[:-1][sentences > 0] + extra * place[owner]
         if self.eos is not None:
-            ids = np.insert(ids.astype(self._dtype, copy=False), document_ends[1:][kept], self.eos)
+            ids = _with_ends(ids.astype(self._dtype, copy=False), document_ends[1:][kept], self.eos)
         self._index.append(lengths[kept] + extra, counts, starts)
         self._file.write(np.ascontiguousarray(ids, dtype=self._dtype).data.cast("B"))
         return int(kept.sum())
@@ -93,6 +95,19 @@ class PartWriter:
         """Close and remove everything that was written."""
         self._file.abandon()
         self._index.abandon()
+
+
+def _with_ends(ids: np.ndarray, ends: np.ndarray, eos: int) -> np.ndarray:
+    """The ids with ``eos`` after each end of a document."""
+    if len(ids) < _LONG * len(ends):
+        return np.insert(ids, ends, eos)
+    result = np.empty(len(ids) + len(ends), dtype=ids.dtype)
+    start = 0
+    for number, end in enumerate(ends.tolist()):
+        result[start + number : end + number] = ids[start:end]
+        result[end + number] = eos
+        start = end
+    return result
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:

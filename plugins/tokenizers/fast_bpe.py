@@ -15,13 +15,13 @@ encoded by tokenizers.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
@@ -59,33 +59,57 @@ _LAST_LATIN = 0x24F
 """Up to here everything is assigned."""
 _LAST_ASKED = 0x334FF
 """Beyond are no letters yet, but a few tags and private use."""
+_BLOCK = 256
+_ASSIGNED, _UNASSIGNED = 1, 2
+
+
+class _Unassigned:
+    """Of code points whether tokenizers takes them for unassigned, or does not say. It is asked for a block of them
+    when one is met: most texts have few scripts."""
+
+    def __init__(self) -> None:
+        self._known = np.zeros(0x110000, dtype=np.uint8)  # or _ASSIGNED, _UNASSIGNED
+        self._known[: _LAST_LATIN + 1] = _ASSIGNED
+        for first, last in _SETTLED:
+            self._known[first : last + 1] = _ASSIGNED
+        self._known[_LAST_ASKED + 1 :] = _UNASSIGNED
+        self._split = Split(Regex(r"\p{Cn}+"), "removed", invert=True)
+
+    def any(self, points: np.ndarray) -> bool:
+        """Whether one of the code points, (characters,) integers, is unassigned."""
+        found = self._known[points]
+        if len(found) and not found.min():
+            for block in np.unique(points[found == 0] // _BLOCK).tolist():
+                self._ask(block)
+            found = self._known[points]
+        return bool(len(found)) and int(found.max()) == _UNASSIGNED
+
+    def _ask(self, block: int) -> None:
+        start = block * _BLOCK
+        known = self._known[start : start + _BLOCK].copy()
+        asked = np.flatnonzero(known == 0)
+        known[asked] = _ASSIGNED
+        for run, _ in self._split.pre_tokenize_str("".join(map(chr, (start + asked).tolist()))):
+            known[np.frombuffer(run.encode("utf-32-le"), dtype="<u4") - start] = _UNASSIGNED
+        self._known[start : start + _BLOCK] = known
 
 
 @functools.cache
-def unassigned() -> np.ndarray:
-    """Of each code point whether tokenizers takes it for unassigned, or does not say: bool (0x110000,)."""
-    asked = np.ones(_LAST_ASKED + 1, dtype=bool)
-    for first, last in _SETTLED:
-        asked[first : last + 1] = False
-    characters = "".join(map(chr, np.flatnonzero(asked).tolist()))
-    found = np.ones(0x110000, dtype=bool)
-    found[: _LAST_ASKED + 1] = False
-    for run, _ in Split(Regex(r"\p{Cn}+"), "removed", invert=True).pre_tokenize_str(characters):
-        found[np.frombuffer(run.encode("utf-32-le"), dtype="<u4")] = True
-    return found
+def _unassigned() -> _Unassigned:
+    return _Unassigned()
 
 
-def doubtful(texts: Sequence[bytes]) -> list[int]:
-    """Numbers of the UTF-8 texts that hold such a character."""
+def doubtful(texts: Sequence[str]) -> list[int]:
+    """Numbers of the texts that hold such a character."""
     wide = [number for number, text in enumerate(texts) if not text.isascii()]
-    if not wide or not _any_unassigned(b"".join([texts[number] for number in wide])):
+    if not wide or not _any_unassigned("".join([texts[number] for number in wide])):
         return []
     return [number for number in wide if _any_unassigned(texts[number])]
 
 
-def _any_unassigned(text: bytes) -> bool:
-    points = np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4")
-    return bool(unassigned()[points[points > _LAST_LATIN]].any())
+def _any_unassigned(text: str) -> bool:
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    return _unassigned().any(points[points > _LAST_LATIN])
 
 
 def fast_bpe(content: dict[str, Any], special: Sequence[str], reference: Reference) -> FastBPE | None:
@@ -103,8 +127,8 @@ def fast_bpe(content: dict[str, Any], special: Sequence[str], reference: Referen
         "added_tokens": [token for token in content.get("added_tokens") or () if not token.get("special")],
         **dict.fromkeys(("truncation", "padding", "post_processor")),
     }
-    text = json.dumps(plain)
     try:
+        text = to_json(plain)
         engine = FastBPE(lambda: Tokenizer.from_json(text).encode, reference)
         probes = [*_PROBES, *special, "a".join(special), "\n".join([*_PROBES, *special])]
         same = engine.agrees(probes)
@@ -127,26 +151,27 @@ class FastBPE:
 
     def agrees(self, texts: Sequence[str]) -> bool:
         """Whether both give the same ids for each of the texts, and cut the letters that both must know."""
-        known = [f"{letter}'t" for letter in _LETTERS if not doubtful([letter.encode()])]
+        known = [f"{letter}'t" for letter in _LETTERS if not doubtful([letter])]
         texts = [*texts, *known]
         expected = self._reference(texts)
         return all(np.array_equal(self._encode(text.encode()), ids) for text, ids in zip(texts, expected, strict=True))
 
-    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray] | None:
-        """Ids of UTF-8 texts, (tokens,) uint32 each; None where the sample is not encoded alike."""
-        self._encoded += sum(map(len, texts))
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray] | None:
+        """Ids of texts, (tokens,) uint32 each; None where the sample is not encoded alike."""
+        raw = [text.encode("utf-8") for text in texts]
+        self._encoded += sum(map(len, raw))
         if self._encoded > _FORGET_BYTES:  # the engine never forgets a word by itself
             self._encode, self._encoded = self._load(), 0
-        found = list(map(self._encode, texts))
+        found = list(map(self._encode, raw))
         slow = doubtful(texts)
         if slow:
-            for number, known in zip(slow, self._reference([texts[n].decode("utf-8") for n in slow]), strict=True):
+            for number, known in zip(slow, self._reference([texts[n] for n in slow]), strict=True):
                 found[number] = np.array(known, dtype=np.uint32)
             apart = set(slow)
             texts = [text for number, text in enumerate(texts) if number not in apart]
         if not texts:
             return found
-        sample = texts[len(texts) // 2][:_SAMPLE_CHARACTERS].decode("utf-8", errors="ignore")
+        sample = texts[len(texts) // 2][:_SAMPLE_CHARACTERS]
         if np.array_equal(self._encode(sample.encode()), self._reference([sample])[0]):
             return found
         warnings.warn(

@@ -71,14 +71,14 @@ class HFTokenizer(Tokenizer):
             self._hf.no_padding()
             self._hf.no_truncation()
             self._hf.encode_special_tokens = True
-            vocab = self._hf.get_vocab(with_added_tokens=True)
+            tokens = self._hf.get_added_tokens_decoder()
+            self._size = max(_largest_id(self._content["model"], self._hf), max(tokens, default=-1)) + 1
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{source}: not a tokenizer.json that can be used: {error}") from None
-        if not vocab:
+        if not self._size:
             raise TokenizerError(f"{source}: a tokenizer with an empty vocabulary")
         self._text = text
-        self._size = max(vocab.values()) + 1
-        added = {token.content: index for index, token in self._hf.get_added_tokens_decoder().items()}
+        added = {token.content: index for index, token in tokens.items()}
         self._special = SpecialTokens(
             **{role: next((added[n] for n in names if n in added), None) for role, names in _ROLES.items()}
         )
@@ -120,21 +120,20 @@ class HFTokenizer(Tokenizer):
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         if self._byte_lengths is None:
             return super().encode_documents(documents)
-        segments = [segment for document in documents for segment in document]
-        texts = ["".join(document).encode("utf-8") for document in documents]
+        texts = ["".join(document) for document in documents]
         ids = self._fast.encode(texts) if self._fast is not None and texts else None
         if ids is None:
-            ids = [np.array(found, dtype=np.int64) for found in self.encode_batch([t.decode("utf-8") for t in texts])]
+            ids = [np.array(found, dtype=np.int64) for found in self.encode_batch(texts)]
         joined = np.concatenate([*ids, np.zeros(0, dtype=ids[0].dtype if ids else np.int64)])
         counts = np.array([len(found) for found in ids], dtype=np.int64)
         if all(len(document) == 1 for document in documents):
             return joined, counts
         sizes = self._byte_lengths[joined]
         # Every token must stand for its own bytes, or places in the text cannot be told from their sum.
-        if not np.array_equal(_sums(sizes, counts), [len(text) for text in texts]):
+        if not np.array_equal(_sums(sizes, counts), [_bytes(text) for text in texts]):
             return super().encode_documents(documents)
         ends = np.cumsum(sizes, dtype=np.int64)
-        places = np.cumsum([len(s) if s.isascii() else len(s.encode("utf-8")) for s in segments])
+        places = np.cumsum([_bytes(segment) for document in documents for segment in document])
         return joined, np.diff(np.searchsorted(ends - sizes, places, side="left"), prepend=0)
 
     @cached_property
@@ -160,9 +159,9 @@ class HFTokenizer(Tokenizer):
             return None
         if not any(step.get("type") == "ByteLevel" for step in steps):
             return None
+        vocab = content["model"]["vocab"]
         lengths = np.zeros(self._size, dtype=np.int32)
-        for token, index in content["model"]["vocab"].items():
-            lengths[index] = len(token)  # a character a byte
+        lengths[list(vocab.values())] = list(map(len, vocab))  # a character a byte
         return lengths
 
     def _encode(self, encode: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
@@ -209,6 +208,11 @@ class HFTokenizer(Tokenizer):
     @cached_property
     def _identity(self) -> str:
         decides = {key: value for key, value in self._content.items() if key not in _NOT_IN_IDS}
+        vocab = self._content["model"].get("vocab")
+        if isinstance(vocab, dict):
+            # Python compares strings of one byte a character several times as fast, and UTF-8 has the same order.
+            order = sorted(vocab, key=lambda token: token.encode("utf-8", "surrogatepass").decode("latin-1"))
+            decides["model"] = {**self._content["model"], "vocab": {token: vocab[token] for token in order}}
         canonical = json.dumps(decides, sort_keys=True, separators=(",", ":")).encode("ascii")
         return hashlib.sha256(b"hf 1\0" + canonical).hexdigest()
 
@@ -232,6 +236,18 @@ class HFTokenizer(Tokenizer):
 
     def token(self, index: int) -> str:
         return self._hf.id_to_token(index) or f"<unused {index}>"
+
+
+def _largest_id(model: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> int:
+    """Of the model's own tokens, -1 where there are none. To ask the library takes a copy of the vocabulary."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict) and model.get("type") in ("BPE", "WordPiece", "WordLevel"):
+        return max(vocab.values(), default=-1)
+    return max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

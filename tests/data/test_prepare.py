@@ -148,6 +148,9 @@ BAD_INPUTS = {
     "number": (b'{"text": 3}', "t.jsonl", 'line 1: "text" is a number, expected a string'),
     "null": (b'{"text": null}', "t.jsonl", '"text" is a null'),
     "surrogate": (b'{"text": "ab\\ud800"}', "t.jsonl", "line 1: character 2 .*surrogate"),
+    "latin-1 in a row": (b'{"text": "a"}\n\n{"n": "\xe9\xff"}\n', "t.jsonl", "byte offset 22 holds 0xe9"),
+    "nul in a row": (b'{"text": "a"}\n{"text": "a\0"}\n', "t.jsonl", "byte offset 25 holds a NUL byte"),
+    "control in a row": (b'{"text": "a"}\n{"text": "a\1"}', "t.jsonl", "line 2, column 12: not valid JSON"),
     "deep": (b"[" * 200_000, "t.jsonl", "line 1: not usable JSON"),
     "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "t.jsonl", "line 1: not usable JSON"),
 }
@@ -164,6 +167,33 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, random_documents, text_
     assert not (tmp_path / "deep" / "store").exists()
     if (tmp_path / "deep").exists():
         assert not any((tmp_path / "deep").iterdir())
+
+
+def test_rows_that_one_parser_alone_reads(tmp_path, text_file):
+    """White space that JSON does not know around rows, a mark before the first, and pairs spelt with escapes."""
+    lines = ['\ufeff{"text": "one"}', "\u3000\x85", '{"text": "two"}\u2003\r', "\r", "\x1c"]
+    lines.append(' {"text":"\\ud83d\\ude00"}')
+    path = text_file("\n".join(lines).encode(), "t.jsonl")
+    _run([path], tmp_path / "store", validation=0)
+    assert _texts(tmp_path / "store", "train") == ["one", "two", "\U0001f600"]
+
+
+def test_rows_at_fault_are_skipped_alone(tmp_path, text_file):
+    rows = [b'{"text": "one"}', b'{"text": "\xff"}', b'{"text": "tw\0"}', b'{"n": "\xff", "text": "x"}', b"[1]"]
+    rows += [b'"text"', b'{"text": "\\ud800"}', b'{"text": ""}', b'{"t": "x"}', b'{"text": 1}', b'{"text": "two"}']
+    rows.append(b"{")
+    path = text_file(b"\n".join(rows), "t.jsonl")
+    manifest = _run([path], tmp_path / "store", validation=0, skip=True)
+    assert _texts(tmp_path / "store", "train") == ["one", "two"]
+    assert manifest.preparation.skipped == {
+        "not valid UTF-8": 3,
+        "a NUL byte": 1,
+        "not an object": 2,
+        "empty": 1,
+        "without the text": 1,
+        "text is not a string": 1,
+        "not valid JSON": 1,
+    }
 
 
 def test_damaged_inputs_are_read_or_refused_never_worse(tmp_path, random_documents, text_file):

@@ -363,9 +363,12 @@ def test_version_1_is_refused_with_what_to_do(made):
 
 def test_the_bytes_do_not_depend_on_how_many_documents_are_added_at_once(tmp_path, campaign_seed):
     rng = random.Random(campaign_seed)
-    for case, (vocab_size, eos) in enumerate([(300, 7), (300, None), (70_000, 9)]):
+    short, long = (0, 1, 2, 50), (0, 1, 2, 600)  # added differently
+    for case, (vocab_size, eos, lengths) in enumerate(
+        [(300, 7, short), (300, None, short), (70_000, 9, short), (300, 7, long)]
+    ):
         documents = [
-            [[rng.randrange(vocab_size) for _ in range(rng.choice((0, 1, 2, 50)))] for _ in range(rng.randint(0, 5))]
+            [[rng.randrange(vocab_size) for _ in range(rng.choice(lengths))] for _ in range(rng.randint(0, 5))]
             for _ in range(600)
         ]
         full = [[sentence for sentence in document if sentence] for document in documents if any(document)]

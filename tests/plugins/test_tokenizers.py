@@ -274,6 +274,39 @@ def test_hf_identity_is_of_what_decides_ids(bpe, tmp_path):
     assert identity(model={**content["model"], "merges": content["model"]["merges"][:-1]}) != bpe.identity
 
 
+def test_hf_identity_is_the_hash_of_sorted_json():
+    """Stores hold it: whatever way it is computed, it stays this."""
+    tokens = ["z", "\xff", "a", "\u0120the", "\u4e2d", "\uffff", "\U0001f600", "\u0120", "aa", '"', "\x00", "\ue000"]
+    decides = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": {token: id for id, token in enumerate(tokens)}, "unk_token": "z"},
+    }
+    canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"))
+    found = HFTokenizer(json.dumps(decides | {"decoder": None, "truncation": None}, ensure_ascii=False), "x").identity
+    assert found == hashlib.sha256(b"hf 1\0" + canonical.encode()).hexdigest()
+    assert found == "3897b664b57d9f81258a34469e002609f9bbac47e7fef42fcfc5d74cbac3d6b6"
+
+
+@pytest.mark.parametrize("added", [[], ["<new>", "<pad>"]])
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 3, "b": 7}, unk_token="a"),
+        models.WordPiece({"a": 0, "##a": 9, "[UNK]": 4}, unk_token="[UNK]"),
+        models.BPE({"a": 0, "b": 1, "ab": 5}, [("a", "b")]),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.5)], 0, False),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_hf_vocabulary_reaches_to_the_largest_id(model, added):
+    other = tokenizers.Tokenizer(model)
+    other.add_special_tokens(added)
+    assert HFTokenizer(other.to_str(), "x").vocab_size == max(other.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def test_hf_refusals(tmp_path):
     path = tmp_path / "t.json"
     for content in (b"", b"{", b"[]", b'{"model": 1}', b'{"version": "1.0", "model": {"type": "Nope"}}'):

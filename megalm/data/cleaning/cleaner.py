@@ -25,7 +25,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u20
 emoji need them."""
 
 
-class Cleaning(Settings):
+class Cleaning(Settings, use_attribute_docstrings=False):
     """What ``megalm data prepare`` does to documents. The defaults do nothing."""
 
     normalize: Literal["none", "NFC", "NFKC"] = "none"

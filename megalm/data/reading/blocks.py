@@ -39,6 +39,11 @@ class Blocks:
         self.where = "byte offset {} of the uncompressed text" if file.packing else "byte offset {}"
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
+        for whole, offset in self.raw():
+            yield from self.decode(whole, offset)
+
+    def raw(self) -> Iterator[tuple[bytes, int]]:
+        """The blocks as bytes, for who can tell himself whether they are text, and asks :meth:`decode` of others."""
         # Grows and loses its beginning in place, where bytes would be copied whole for each block of a long document.
         offset, held, dropping = self.start, bytearray(), False
         for chunk in self._chunks():
@@ -53,7 +58,7 @@ class Blocks:
             if cut:
                 whole = bytes(memoryview(held)[:cut])
                 del held[:cut]
-                yield from self._decode(whole, offset)
+                yield whole, offset
                 offset += cut
             if not dropping and len(held) > self._reading.max_document:
                 self._too_long(offset)
@@ -62,7 +67,7 @@ class Blocks:
                 offset += len(held) - 8
                 del held[:-8]
         if held and not dropping:
-            yield from self._decode(held, offset)
+            yield bytes(held), offset
 
     def _last_boundary(self, held: bytearray, fresh: int) -> int:
         """End of the last boundary that does not reach the end of what is held, 0 where there is none."""
@@ -123,7 +128,8 @@ class Blocks:
             self._reading.skipped["rest of a damaged file"] += 1
             return
 
-    def _decode(self, raw: bytes | bytearray, offset: int) -> Iterator[tuple[str, int]]:
+    def decode(self, raw: bytes, offset: int) -> Iterator[tuple[str, int]]:
+        """A block, or a document of one, that begins at ``offset``, as text. Nothing where it is skipped."""
         if offset == 0 and raw.startswith(_BOM):
             offset, raw = len(_BOM), raw[len(_BOM) :]
         try:
@@ -147,5 +153,5 @@ class Blocks:
         start = 0
         for end in [*ends, len(raw)]:
             if start < end:
-                yield from self._decode(raw[start:end], offset + start)
+                yield from self.decode(raw[start:end], offset + start)
             start = end

@@ -1,9 +1,13 @@
-"""The texts in rows of JSONL and Parquet, each row at fault named, or skipped and counted."""
+"""The texts in rows of JSONL and Parquet, each row at fault named, or skipped and counted.
+
+pydantic's parser reads JSONL, the fastest at hand. What it does not make a text of is given to json's, which finds what
+half a pair's escape spells, and says what is wrong.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,22 @@ _READ = 1 << 20
 
 def json_rows(blocks: Blocks, reading: Reading) -> Iterator[str]:
     """Texts of the rows of JSONL. DataError with file and line where one is at fault and not to be skipped."""
-    rows = 0
-    for block, _ in blocks:
-        lines = block.split("\n")
+    rows, key = 0, reading.text_key
+    for block, start in blocks.raw():
+        lines = block.split(b"\n")
         for index, line in enumerate(lines):
-            if not line or line.isspace():
+            if not line:
                 continue
+            try:  # the parser takes UTF-8 alone, and hands out nothing else
+                text = from_json(line, cache_strings="none")[key]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                text = None
+            if type(text) is str:
+                yield text
+                continue
+            offset = start + sum(map(len, lines[:index])) + index
             try:
-                yield _row_text(line, reading.text_key)
+                yield from _row_texts(blocks.decode(line, offset), key)
             except _Unusable as error:
                 if not reading.skip:
                     number = _lines_before(blocks.path, blocks.start) + rows + index + 1
@@ -42,9 +54,15 @@ class _Unusable(Exception):
         self.reason, self.message = reason, message
 
 
+def _row_texts(lines: Iterable[tuple[str, int]], text_key: str) -> Iterator[str]:
+    for line, _ in lines:
+        if line and not line.isspace():
+            yield _row_text(line, text_key)
+
+
 def _row_text(line: str, text_key: str) -> str:
     try:
-        row = _parse(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise _Unusable(
             "not valid JSON", f", column {error.colno}: not valid JSON: {error.msg}; expected one object a line"
@@ -61,23 +79,14 @@ def _row_text(line: str, text_key: str) -> str:
     text = row[text_key]
     if not isinstance(text, str):
         raise _Unusable("text is not a string", f': "{text_key}" is a {_json_type(text)}, expected a string')
-    if "\\u" in line:  # only an escape can spell half of a pair
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _Unusable(
-                "not valid UTF-8",
-                f': character {error.start} of "{text_key}" is half of a surrogate pair, which is not valid text',
-            ) from None
-    return text
-
-
-def _parse(line: str) -> Any:
-    """pydantic's parser is the faster one; json's finds what half a pair's escape spells, and says what is wrong."""
     try:
-        return from_json(line, cache_strings="none")
-    except ValueError:
-        return json.loads(line.rstrip())
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # only an escape can spell half of a pair
+        raise _Unusable(
+            "not valid UTF-8",
+            f': character {error.start} of "{text_key}" is half of a surrogate pair, which is not valid text',
+        ) from None
+    return text
 
 
 def _lines_before(path: Path, offset: int) -> int:

@@ -11,13 +11,14 @@ from megalm.errors import DataError
 
 
 class Source(io.RawIOBase):
-    """Bytes [start, stop) of a file, counted and hashed as they are read. ``tick`` is told the bytes of each read."""
+    """Bytes [start, stop) of a file, counted and, if ``hashed``, hashed as they are read. ``tick`` is told the bytes of
+    each read."""
 
-    def __init__(self, path: Path, start: int, stop: int, tick: Tick | None = None) -> None:
+    def __init__(self, path: Path, start: int, stop: int, tick: Tick | None = None, *, hashed: bool = False) -> None:
         super().__init__()
         self.path = path
         self.left = stop - start
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if hashed else None
         self._tick = tick
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
@@ -31,7 +32,8 @@ class Source(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer)[: self.left]
         count = self._file.readinto(view) or 0
-        self._digest.update(view[:count])
+        if self._digest is not None:
+            self._digest.update(view[:count])
         self.left -= count
         if self._tick is not None and count:
             self._tick(count)
@@ -44,5 +46,5 @@ class Source(io.RawIOBase):
 
     @property
     def sha256(self) -> str:
-        """Hex digest of what was read so far."""
-        return self._digest.hexdigest()
+        """Hex digest of what was read so far; empty where it was not to be hashed."""
+        return self._digest.hexdigest() if self._digest is not None else ""

@@ -31,7 +31,7 @@ from megalm.files import sync
 from megalm.plugin.contract.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
-_READ = 1 << 20
+_READ = 1 << 18
 
 
 class _File:
@@ -43,8 +43,11 @@ class _File:
         self._file = open(path, "wb")  # noqa: SIM115  # closed by close()
         self._crc = 0
 
-    def write(self, data: bytes) -> None:
-        """Append."""
+    def write(self, values: np.ndarray) -> None:
+        """Append the bytes of contiguous values."""
+        if not len(values):
+            return
+        data = values.data.cast("B")
         self.bytes += len(data)
         self._crc = crc32(data, self._crc)
         self._file.write(data)
@@ -87,10 +90,15 @@ def make_shard(job: Job, work: Work, tokenizer: Tokenizer, out: Path, tick: Tick
 
 
 def _hash(job: Job) -> Shard:
-    with Source(job.file.path, 0, job.file.size) as source:
-        while source.read(_READ):
-            pass
+    with Source(job.file.path, 0, job.file.size, hashed=True) as source:
+        _read_rest(source)
         return Shard(source.sha256)
+
+
+def _read_rest(source: Source) -> None:
+    buffer = memoryview(bytearray(_READ))
+    while source.readinto(buffer):
+        pass
 
 
 class _Worker:
@@ -121,9 +129,10 @@ class _Worker:
         # The library that reads Parquet reads as it likes; the file is hashed by a job of its own.
         parquet = job.file.kind == "parquet"
         bounds = (0, 0) if parquet else (self._unit.start, self._unit.stop)
+        whole = not parquet and bounds == (0, job.file.size)
         batch: list[str] = []
         held = 0
-        with Source(job.file.path, *bounds, tick) as source:
+        with Source(job.file.path, *bounds, tick, hashed=whole) as source:
             for text in read_unit(job.file, self._unit, reading, source):
                 count += 1
                 batch.append(text)
@@ -132,8 +141,7 @@ class _Worker:
                     self._write(batch)
                     batch, held = [], 0
             self._write(batch)
-            while source.read(_READ):  # what follows damage is hashed as well
-                pass
+            _read_rest(source)  # what follows damage is hashed as well
             sha256 = source.sha256
         if parquet:
             tick(self._unit.bytes)
@@ -157,14 +165,15 @@ class _Worker:
         records = np.zeros(len(texts), dtype=RECORD)
         records["tokens"] = np.bincount(owner, weights=lengths, minlength=len(texts))
         records["sentences"] = np.bincount(owner, weights=lengths > 0, minlength=len(texts))
-        records["key"] = [Split.key(text) for text in texts]
+        if self._work.split:
+            records["key"] = [Split.key(text) for text in texts]
         if self._work.cleaning.dedup != "none":
             digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
             records["hash"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
         kept = records["tokens"] > 0
         self._dropped += len(texts) - int(kept.sum())
-        self._files["records"].write(records[kept].tobytes())
-        self._files["sentences"].write(lengths[lengths > 0].astype("<i8").tobytes())
-        self._files["tokens"].write(ids.astype(self._dtype).tobytes())
+        self._files["records"].write(records[kept].view(np.uint8))
+        self._files["sentences"].write(lengths[lengths > 0].astype("<i8"))
+        self._files["tokens"].write(ids.astype(self._dtype, order="C"))
         if "signatures" in self._files:
-            self._files["signatures"].write(sign(texts)[kept].astype("<u4").tobytes())
+            self._files["signatures"].write(sign(texts)[kept].astype("<u4", order="C"))

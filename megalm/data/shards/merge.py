@@ -20,7 +20,7 @@ from megalm.data.split import Split
 from megalm.data.writer import PartWriter
 from megalm.errors import DataError
 
-_TOKENS = 1 << 22
+_TOKENS = 1 << 19
 
 
 class Merge:
@@ -108,7 +108,7 @@ class Merge:
 
 
 def _copy(data: ShardData, chosen: np.ndarray, writer: PartWriter) -> None:
-    """Append the chosen documents, a few million tokens at a time, or one document where that is larger."""
+    """Append the chosen documents, half a million tokens at a time, or one document where that is larger."""
     records = data.records
     tokens, sentences = records["tokens"], records["sentences"]
     token_ends, sentence_ends = np.cumsum(tokens), np.cumsum(sentences)

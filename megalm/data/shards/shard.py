@@ -32,8 +32,9 @@ from megalm.plugin.contract.tokenizer import Tokenizer
 
 _FORMAT = 2
 RECORD = np.dtype([("key", "<u8"), ("hash", "<u8", (2,)), ("tokens", "<i8"), ("sentences", "<i8")])
-"""A document: hash that decides its part, hash of its text, tokens, sentences."""
+"""A document: hash that decides its part (0 where there is one part), hash of its text, tokens, sentences."""
 NAME = "shard.json"
+_READ = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Work:
     max_document: int
     sentences: bool
     cleaning: Cleaning
+    split: bool = True
+    """Whether there are several parts, which documents' hashes decide between."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Shard:
     """What a shard's ``shard.json`` says."""
 
     sha256: str
-    """Of the bytes that were read."""
+    """Of the file; empty where this is a piece of it, and the file is hashed by a job of its own."""
     documents: int = 0
     """Documents read, those that were removed or have no tokens included."""
     dropped: int = 0
@@ -130,9 +133,10 @@ class ShardData:
         """Compare every file with its CRC-32."""
         for name, (_, expected) in self._shard.files.items():
             found = 0
-            with open(self._folder / name, "rb") as file:
-                while data := file.read(1 << 20):
-                    found = crc32(data, found)
+            buffer = memoryview(bytearray(_READ))
+            with open(self._folder / name, "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    found = crc32(buffer[:count], found)
             if found != expected:
                 raise DataError(
                     f"{self._folder / name}: the intermediate file was altered; remove {self._folder} and prepare again"

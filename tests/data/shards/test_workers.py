@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,6 +29,7 @@ from megalm.data.reading.options import Reading
 from megalm.data.reading.source import Source
 from megalm.data.reading.units import plan_units
 from megalm.data.shards import shard
+from megalm.data.shards.merge import Merge
 from megalm.data.shards.shard import Job, Work
 from megalm.data.shards.workers import run_jobs, worker_tokenizer
 from megalm.data.store import PARTS, TokenStore
@@ -100,6 +103,30 @@ def test_the_store_does_not_depend_on_workers(tmp_path, random_documents, small_
     assert files_of(tmp_path / "w1") == files_of(tmp_path / "w2") == files_of(tmp_path / "w5")
     assert manifests[0].preparation.removed["exact duplicate"] >= 149
     assert not list(tmp_path.glob(".*"))
+
+
+def test_sources_have_the_hashes_of_their_files(tmp_path, random_documents, small_units):
+    """Files of one piece, of many, and compressed ones."""
+    paths = write_corpus(tmp_path / "in", random_documents)
+    (tmp_path / "in" / "small.txt").write_text("a\n\nb")
+    manifest = prepare([*paths, tmp_path / "in" / "small.txt"], ByteTokenizer(), tmp_path / "s", component="byte")
+    assert len(manifest.sources) == len(paths) + 1
+    for source in manifest.sources:
+        assert source.sha256 == hashlib.sha256(Path(source.path).read_bytes()).hexdigest()
+
+
+def test_parts_are_told_apart_after_a_run_that_had_none(tmp_path, random_documents, small_units, monkeypatch):
+    """Without a validation part no hash of a document is taken: its pieces are of no use to a run with one."""
+    paths = write_corpus(tmp_path / "in", random_documents)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("megalm.data.prepare"), "UNIT_BYTES", 1)  # everything is worth keeping
+        patch.setattr(Merge, "write", Mock(side_effect=RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            prepare(paths, ByteTokenizer(), tmp_path / "s", component="byte", validation=0)
+    assert list((tmp_path / ".s.prepare").iterdir())
+    prepare(paths, ByteTokenizer(), tmp_path / "s", component="byte", validation=0.3)
+    prepare(paths, ByteTokenizer(), tmp_path / "t", component="byte", validation=0.3)
+    assert files_of(tmp_path / "s") == files_of(tmp_path / "t")
 
 
 def test_a_workers_mistakes_are_the_parents_error(tmp_path, random_documents, small_units):
@@ -361,11 +388,12 @@ def test_a_shards_name_follows_what_decides_it(tmp_path):
         Work("blank-line", "text", True, 100, True, Cleaning()),
         Work("blank-line", "text", False, 100, False, Cleaning()),
         Work("blank-line", "text", False, 100, True, Cleaning(normalize="NFC")),
+        Work("blank-line", "text", False, 100, True, Cleaning(), split=False),
     ):
         names.add(Job(describe(path), unit).key(other, ByteTokenizer()))
     path.write_text("a\n\nc")
     names.add(Job(describe(path), unit).key(work, ByteTokenizer()))
-    assert len(names) == 8
+    assert len(names) == 9
 
 
 _STUB = """
