@@ -6,6 +6,7 @@ defect and shows all it has.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import sys
@@ -76,7 +77,8 @@ def show_error(error: UsageError) -> None:
 
 def main() -> None:
     """Entry point of the ``megalm`` command. Exits with status 2 after a UsageError."""
-    gc.set_threshold(20_000, 20, 20)  # imports and vocabularies are many objects and no garbage
+    gc.set_threshold(20_000, 20, 20)  # imports and vocabularies are many objects and no garbage,
+    atexit.register(gc.freeze)  # and the interpreter would look for some at its end, several times
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a narrow encoding cannot show is escaped, and no failure
             stream.reconfigure(errors="backslashreplace")

@@ -35,14 +35,17 @@ class Checksums:
         self.bytes += len(view)
         done: list[int] = []
         at = 0
-        while at < len(view):
-            taken = view[at : at + PAGE_BYTES - self._filled]
-            self._crc = crc32(taken, self._crc)
-            self._filled += len(taken)
-            at += len(taken)
+        if self._filled:
+            at = min(len(view), PAGE_BYTES - self._filled)
+            self._crc = crc32(view[:at], self._crc)
+            self._filled += at
             if self._filled == PAGE_BYTES:
                 done.append(self._crc)
-                self._crc = self._filled = 0
+                self._filled = 0
+        if not self._filled:
+            whole = len(view) - (len(view) - at) % PAGE_BYTES
+            done += [crc32(view[start : start + PAGE_BYTES]) for start in range(at, whole, PAGE_BYTES)]
+            self._crc, self._filled = crc32(view[whole:]), len(view) - whole
         self._spool.write(_packed(done))
 
     def write(self, out: BinaryIO) -> bytes:

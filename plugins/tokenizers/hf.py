@@ -211,8 +211,8 @@ class HFTokenizer(Tokenizer):
         vocab = self._content["model"].get("vocab")
         if isinstance(vocab, dict):
             # Python compares strings of one byte a character several times as fast, and UTF-8 has the same order.
-            order = sorted(vocab, key=lambda token: token.encode("utf-8", "surrogatepass").decode("latin-1"))
-            decides["model"] = {**self._content["model"], "vocab": {token: vocab[token] for token in order}}
+            items = sorted(vocab.items(), key=lambda item: item[0].encode("utf-8", "surrogatepass").decode("latin-1"))
+            decides["model"] = {**self._content["model"], "vocab": dict(items)}
         canonical = json.dumps(decides, sort_keys=True, separators=(",", ":")).encode("ascii")
         return hashlib.sha256(b"hf 1\0" + canonical).hexdigest()
 
