@@ -41,37 +41,38 @@ def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequ
         console.rule(f"slot {rows.slots[0]}")
         for name, n in prepared.objective.counts(rows.batch).items():
             scored[name] = scored.get(name, 0) + n
-        _show_row(console, rows.batch, prepared.tokenizer)
+        for row in range(len(rows.batch["tokens"])):  # several, where an example has several views
+            _show_row(console, {name: array[row] for name, array in rows.batch.items()}, prepared.tokenizer)
     console.rule()
     console.print(Text("scored: " + ", ".join(f"{name} {n}" for name, n in scored.items())))
 
 
-def _show_row(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
-    tokens, labels = batch["tokens"][0], batch.get("labels")
+def _show_row(console: Console, row: Batch, tokenizer: Tokenizer) -> None:
+    tokens, labels = row["tokens"], row.get("labels")
     text = Text()
-    present = batch.get("attention_mask")
-    length = len(tokens) if present is None else int(present[0].sum())
-    chosen = np.zeros(len(tokens), dtype=bool) if labels is None else labels[0] != IGNORE
+    present = row.get("attention_mask")
+    length = len(tokens) if present is None else int(present.sum())
+    chosen = np.zeros(len(tokens), dtype=bool) if labels is None else labels != IGNORE
     most_are_scored = bool(chosen.mean() > 0.5)  # these labels stand in a line of their own
-    types, documents = batch.get("token_types"), batch.get("documents")
+    types, documents = row.get("token_types"), row.get("documents")
     pieces = [tokenizer.token(token) for token in tokens[:length].tolist()]
     # Pieces that mark the inside of words, as WordPiece's do, say nothing of the spaces between words.
     marks_inside = any(piece.startswith("##") for piece in pieces)
     for i, piece in enumerate(pieces):
-        if i and documents is not None and documents[0, i] != documents[0, i - 1]:
+        if i and documents is not None and documents[i] != documents[i - 1]:
             text.append(" | ", style="bold red")
         if i and marks_inside and not piece.startswith("##"):
             text.append(" ")
         if labels is not None and chosen[i] and not most_are_scored:
-            text.append(f"[{piece}->{tokenizer.token(int(labels[0, i]))}]", style="bold yellow")
+            text.append(f"[{piece}->{tokenizer.token(int(labels[i]))}]", style="bold yellow")
         else:
-            text.append(piece, style="cyan" if types is not None and types[0, i] else "")
+            text.append(piece, style="cyan" if types is not None and types[i] else "")
     if length < len(tokens):
         text.append(f" (and {len(tokens) - length} of padding)", style="dim")
     console.print(text)
     if most_are_scored and labels is not None:
-        shown = (tokenizer.token(token) if token != IGNORE else " | " for token in labels[0].tolist())
+        shown = (tokenizer.token(token) if token != IGNORE else " | " for token in labels.tolist())
         console.print(Text(f"labels: {''.join(shown)}", style="dim"))
-    for name, array in batch.items():
-        if array.ndim == 1:
-            console.print(Text(f"{name}: {array[0]}", style="dim"))
+    for name, value in row.items():
+        if value.ndim == 0:
+            console.print(Text(f"{name}: {value}", style="dim"))

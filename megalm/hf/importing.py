@@ -214,7 +214,7 @@ def _contents(kind: str, spec: ModelSpec, given: Mapping[str, torch.Tensor]) -> 
 
 def _check_needs(name: str, attention: str, causal: bool, spec: ModelSpec, settings: Mapping[str, Any]) -> None:
     problems = []
-    if (attention == "causal") is not causal:
+    if (attention != "bidirectional") is not causal:
         problems.append(f"--objective {name} needs {attention} attention, and this model's is another")
     if spec.token_types != settings["token_types"]:
         problems.append(

@@ -25,13 +25,15 @@ class Transform(nn.Module):
         self.dense = ReplicatedLinear(parallel, c.hidden_size, c.hidden_size, init=Init("normal", c.init_std))
         self.kernels = spec.kernels
         self.activation = c.activation
-        self.norm = make_norm(
-            c.norm, parallel, c.hidden_size, c.norm_eps, token_sharded=False, kernels=spec.kernels
-        )
+        self.norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps, token_sharded=False, kernels=spec.kernels)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.norm(self.kernels.bias_activation(self.dense(x_TH), None, self.activation))
         return out
+
+
+def _select(x: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    return x if chosen is None else x.index_select(0, chosen)
 
 
 class LMHead(ParallelModule):
@@ -68,21 +70,34 @@ class LMHead(ParallelModule):
     ) -> torch.Tensor:
         """Cross-entropy (n,) of each token, or of those where ``where_T`` is true."""
         chosen = None if where_T is None else where_T.nonzero().squeeze(1)
-
-        def select(x: torch.Tensor) -> torch.Tensor:
-            return x if chosen is None else x.index_select(0, chosen)
-
         if self.transform is None and self.parallel.sp:
             # One gather serves: its adjoint sums the vocabulary shards' parts and scatters them in the same operation.
-            h_TH = select(enter_tensor_region(hidden, self.parallel))
+            h_TH = _select(enter_tensor_region(hidden, self.parallel), chosen)
         else:
-            h_TH = select(replicate_tokens(hidden, self.parallel))
+            h_TH = _select(replicate_tokens(hidden, self.parallel), chosen)
             h_TH = h_TH if self.transform is None else self.transform(h_TH)
             h_TH = copy_to_tensor_region(h_TH, self.parallel.tp)
+        return self._cross_entropy(h_TH, _select(labels_T, chosen), embedding)
+
+    def vector_losses(
+        self,
+        x_TH: torch.Tensor,
+        labels_T: torch.Tensor,
+        where_T: torch.Tensor | None,
+        embedding: VocabParallelEmbedding | None,
+    ) -> torch.Tensor:
+        """The same of vectors that every rank has, without the transform."""
+        chosen = None if where_T is None else where_T.nonzero().squeeze(1)
+        entered = copy_to_tensor_region(_select(x_TH, chosen), self.parallel.tp)
+        return self._cross_entropy(entered, _select(labels_T, chosen), embedding)
+
+    def _cross_entropy(
+        self, h_TH: torch.Tensor, labels_T: torch.Tensor, embedding: VocabParallelEmbedding | None
+    ) -> torch.Tensor:
         return linear_cross_entropy(
             h_TH,
             self.matrix(embedding),
-            select(labels_T),
+            labels_T,
             self.parallel.tp,
             vocab_size=self.vocab_size,
             bias_V=self.bias,

@@ -16,9 +16,11 @@ from megalm.model.stages import Stage, whole_model
 from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.microbatch import Microbatch
 from megalm.nn.module import layouts
+from megalm.ops.contrastive import contrastive_cross_entropy
 from megalm.parallel.collectives import gather_rows, replicate_tokens
 from megalm.parallel.layout import logical_name
 from megalm.parallel.mesh import ParallelContext, single_rank
+from megalm.plugin.contract.objective import IGNORE
 
 
 class LanguageModel(nn.Module):
@@ -97,6 +99,26 @@ class ModelLossContext:
             raise ValueError("lm_loss needs a vocabulary head; declare lm_head=True in Needs")
         flat = None if where is None else where.reshape(-1)
         return head.losses(hidden, labels.reshape(-1), flat, self._model.token_embedding)
+
+    def vocabulary_loss(self, x: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+        head = self._model.lm_head
+        if head is None:
+            raise ValueError("vocabulary_loss needs a vocabulary head; declare lm_head=True in Needs")
+        flat = None if where is None else where.reshape(-1)
+        return head.vector_losses(x.reshape(-1, x.shape[-1]), labels.reshape(-1), flat, self._model.token_embedding)
+
+    def contrastive_loss(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float | torch.Tensor,
+        excluded: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        kernels = self._model.spec.kernels.cross_entropy
+        return contrastive_cross_entropy(
+            queries, keys, targets, temperature, excluded_N=excluded, ignore=IGNORE, kernels=kernels
+        )
 
     def full_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         whole = replicate_tokens(hidden, self._model.parallel)

@@ -33,6 +33,7 @@ class ModelSpec:
     max_positions: int
     token_types: int
     causal: bool
+    """Positions attend to those before them, and where a batch has a ``prefix``, to that too."""
     lm_head: bool
     heads: tuple[HeadSpec, ...]
     coupling: Coupling = "token"
@@ -133,7 +134,7 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
         ffn_size=ffn,
         max_positions=positions,
         token_types=max(c.token_types, needs.token_types),
-        causal=needs.attention == "causal",
+        causal=needs.attention != "bidirectional",
         lm_head=needs.lm_head,
         heads=needs.heads,
         coupling=needs.coupling,

@@ -132,6 +132,7 @@ class Attention(nn.Module):
         if batch.documents is not None:
             bounds, starts = batch.documents.bounds, batch.documents.starts
             return document_attention(q_BNSD, k_BNSD, v_BNSD, bounds, starts, **seen, **dropped)
+        seen["prefix_B"] = batch.tensors.get("prefix")
         if self.dropout and batch.full_address is not None:
             return attention_with_dropout(q_BNSD, k_BNSD, v_BNSD, **seen, **dropped)
         return attention(q_BNSD, k_BNSD, v_BNSD, **seen)

@@ -94,5 +94,7 @@ def make_microbatch(
         address = DropoutAddress(seed, step, row_spans(slots, length, *shard, views=views))
         full = DropoutAddress(seed, step, row_spans(slots, length, 0, rows * length, views=views))
     numbers = tensors.get("documents")
+    if numbers is not None and "prefix" in tensors:
+        raise ObjectiveError("rows have a prefix or hold several documents, not both")
     documents = None if numbers is None else find_documents(numbers)
     return Microbatch(tensors, rows, length, shard, address, full, documents, cache)

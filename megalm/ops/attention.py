@@ -15,6 +15,14 @@ from megalm.ops.dropout import DropoutAddress
 from megalm.ops.kernels import Kernels
 
 
+def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
+    """Which keys a query attends to, causally but for the first ``prefix_B`` (int64) of its row, which all do: bool
+    (B, 1, S, S)."""
+    places = torch.arange(length, device=prefix_B.device)
+    past = places[:, None] >= places[None, :]
+    return (past | (places < prefix_B[:, None])[:, None, :])[:, None]
+
+
 def attention(
     q_BNSD: torch.Tensor,
     k_BNSD: torch.Tensor,
@@ -22,13 +30,19 @@ def attention(
     *,
     causal: bool,
     mask_BS: torch.Tensor | None = None,
+    prefix_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, with as many key/value heads as query heads: (batch, heads, seq, head_dim).
 
-    ``mask_BS`` is true at keys that may be attended to.
+    ``mask_BS`` is true at keys that may be attended to. With ``prefix_B``, causal attention is that of
+    :func:`prefix_mask`.
     """
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
-    if mask is not None and causal:
+    if causal and prefix_B is not None:
+        seen = prefix_mask(prefix_B, q_BNSD.shape[2])
+        mask = seen if mask is None else mask & seen
+        causal = False
+    elif mask is not None and causal:
         length = q_BNSD.shape[2]
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         causal = False
@@ -57,6 +71,7 @@ def attention_with_dropout(
     *,
     causal: bool,
     mask_BS: torch.Tensor | None,
+    prefix_B: torch.Tensor | None = None,
     p: float,
     address: DropoutAddress,
     site: str,
@@ -66,6 +81,10 @@ def attention_with_dropout(
     """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
     batch, heads, length, dim = q_BNSD.shape
     scores = q_BNSD @ k_BNSD.transpose(-1, -2)
+    if causal and prefix_B is not None:
+        # Finite, so that a query of padding, which may attend to nothing, has no NaN.
+        scores = scores.masked_fill(~prefix_mask(prefix_B, length), torch.finfo(scores.dtype).min)
+        causal = False
     probabilities = kernels.masked_softmax(scores, mask_BS, scale=1 / math.sqrt(dim), causal=causal)
     dropped = [
         kernels.dropout(probabilities[:, h].reshape(batch * length, length), p, address, f"{site}.head{first_head + h}")

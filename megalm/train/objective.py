@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Sample = tuple[Corpus, int, tuple[int | str, ...]]
 """A corpus, the number of a sample in it, and the address of its draws but for that number."""
+_PREFIX = TensorSpec(("batch",), to="all")
 _COUPLINGS: tuple[Coupling, ...] = ("token", "example", "cell")
 
 
@@ -200,6 +201,11 @@ class TrainingObjective:
             tokens = need.tensors.get("tokens")
             if tokens is None or tokens.dims != ("batch", "seq"):
                 raise ObjectiveError(f"objective {name}: needs() must declare 'tokens' with dimensions (batch, seq)")
+            if need.tensors.get("prefix") != (_PREFIX if need.attention == "prefix" else None):
+                raise ObjectiveError(
+                    f"objective {name}: needs() must declare the tensor 'prefix', int64 (batch), to all stages, where "
+                    'attention is "prefix", and no tensor of that name elsewhere'
+                )
         if len({n.attention for n in needs.values()}) > 1:
             raise ConfigError(
                 ["train.objective: " + ", ".join(f"{k} needs {n.attention} attention" for k, n in needs.items())]

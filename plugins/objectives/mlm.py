@@ -16,9 +16,7 @@ from pydantic import Field, model_validator
 from megalm.api import (
     IGNORE,
     Batch,
-    ConfigError,
     Corpus,
-    DataError,
     Example,
     LossContext,
     Needs,
@@ -31,6 +29,8 @@ from megalm.api import (
     packed_row,
     packed_rows,
 )
+
+from .windows import TextWindows
 
 if TYPE_CHECKING:
     import torch
@@ -70,27 +70,15 @@ class MaskedLM(Objective):
 
     def __init__(self, cfg: MaskedLMConfig, env: ObjectiveEnv) -> None:
         super().__init__(cfg, env)
-        special = env.tokenizer.special
-        if special.mask is None:
-            raise ConfigError(["train.objective: mlm needs a tokenizer with a mask token, and this one has none"])
-        self._mask: int = special.mask
-        self._prefix, self._suffix = (
-            np.array([] if mark is None or env.packing else [mark], dtype=np.int64)
-            for mark in (special.cls, special.sep)
-        )
-        self._special = np.isin(np.arange(env.tokenizer.vocab_size), special.ids())
-        self._ordinary = np.flatnonzero(~self._special)
+        self._windows = TextWindows("mlm", env)
         self._masking = TokenMasking(
-            special.mask,
-            self._ordinary,
+            self._windows.mask,
+            self._windows.ordinary,
             cfg.mask_prob,
             cfg.mask_share,
             cfg.random_share,
             env.tokenizer.word_starts() if cfg.whole_word else None,
         )
-        self._window = env.sequence_length - len(self._prefix) - len(self._suffix)
-        if self._window < 1:
-            raise ConfigError([f"train.sequence_length = {env.sequence_length} leaves mlm no room for text"])
 
     def needs(self) -> Needs:
         tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}
@@ -102,24 +90,21 @@ class MaskedLM(Objective):
         return {"mlm": self.cfg.weight}
 
     def check_corpus(self, corpus: Corpus) -> None:
-        if self.num_samples(corpus) < 1:
-            raise DataError(f"mlm needs at least {self._window} tokens, but the corpus has {corpus.num_tokens}")
+        self._windows.check(corpus)
 
     def num_samples(self, corpus: Corpus) -> int:
-        return packed_rows(corpus, self._window) if self.env.packing else corpus.num_tokens // self._window
+        return packed_rows(corpus, self._windows.size) if self.env.packing else self._windows.count(corpus)
 
     def build_example(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
         if self.env.packing:
             return self._packed(sample, corpus, rng)
-        text = corpus.stream(sample * self._window, (sample + 1) * self._window)
-        tokens = np.concatenate((self._prefix, text, self._suffix))
-        return self.extend_example({"tokens": tokens, "special": self._special[tokens]}, rng)
+        return self.extend_example(self._windows.row(sample, corpus), rng)
 
     def _packed(self, sample: int, corpus: Corpus, rng: np.random.Generator) -> Example:
-        pieces = packed_row(corpus, sample, self._window, self.env.packing)
+        pieces = packed_row(corpus, sample, self._windows.size, self.env.packing)
         tokens = np.concatenate([corpus.stream(piece.start, piece.stop) for piece in pieces])
         documents = np.repeat(np.arange(len(pieces)), [piece.stop - piece.start for piece in pieces])
-        example = {"tokens": tokens, "special": self._special[tokens], "documents": documents}
+        example = {"tokens": tokens, "special": self._windows.special[tokens], "documents": documents}
         return self.extend_example(example, rng)
 
     def extend_example(self, example: Example, rng: np.random.Generator) -> Example:
@@ -129,7 +114,7 @@ class MaskedLM(Objective):
 
     def rates(self) -> Mapping[str, float]:
         # A random token is now and then the one that was there, which no reader of the row can tell from a kept one.
-        other = self.cfg.random_share * (1 - 1 / len(self._ordinary))
+        other = self.cfg.random_share * (1 - 1 / len(self._windows.ordinary))
         return {"mask_prob": self.cfg.mask_prob, "mask_share": self.cfg.mask_share, "random_share": other}
 
     def observe(self, example: Example) -> Mapping[str, tuple[int, int]]:
@@ -139,7 +124,7 @@ class MaskedLM(Objective):
         original[chosen] = labels[chosen]
         places, words = self._masking.words(original, example["special"], example.get("documents"))
         first = places[np.flatnonzero(np.diff(words, prepend=-1))]
-        masked = chosen & (tokens == self._mask)
+        masked = chosen & (tokens == self._windows.mask)
         random = chosen & ~masked & (tokens != labels)
         trials = int(chosen.sum())
         return {

@@ -31,6 +31,21 @@ class TestJoint(ObjectiveSuite):
     device = "cuda"
 
 
+class TestOrderAndSpans(ObjectiveSuite):
+    objective = "sop+span_mlm"
+    device = "cuda"
+
+
+class TestDenoise(ObjectiveSuite):
+    objective = "denoise"
+    device = "cuda"
+
+
+class TestContrastive(ObjectiveSuite):
+    objective = "contrastive"
+    device = "cuda"
+
+
 def test_simulated_ranks_compute_there() -> None:
     def rank(parallel) -> tuple[str, float]:  # type: ignore[no-untyped-def]
         x = torch.full((5,), float(parallel.rank), device=parallel.device)

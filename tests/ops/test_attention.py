@@ -29,15 +29,21 @@ def naive(
     causal: bool,
     mask: torch.Tensor | None,
     keep: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One query at a time; ``keep`` (B, N, S, S) multiplies the probabilities; key head = query head // group."""
+    """One query at a time; ``keep`` (B, N, S, S) multiplies the probabilities; key head = query head // group. Causal
+    attention sees the first ``prefix`` (B,) keys too."""
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for n in range(q.shape[1]):
             for s in range(q.shape[2]):
                 seen = torch.tensor(
-                    [(j <= s or not causal) and (mask is None or bool(mask[b, j])) for j in range(q.shape[2])]
+                    [
+                        (j <= s or not causal or (prefix is not None and j < prefix[b]))
+                        and (mask is None or bool(mask[b, j]))
+                        for j in range(q.shape[2])
+                    ]
                 )
                 scores = torch.stack([q[b, n, s] @ key for key in k[b, n // group]]) / math.sqrt(q.shape[3])
                 weights = torch.where(seen, (scores - scores[seen].max()).exp(), torch.zeros_like(scores))
@@ -73,6 +79,54 @@ def test_with_dropout_equals_loops(causal: bool, mask: torch.Tensor | None, p: f
     heads = [draws16(address, f"{SITE}.head{2 + n}", S, q.device).view(B, S, S) >= threshold for n in range(N)]
     keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - threshold)
     torch.testing.assert_close(found, naive(q, k, v, causal, mask, keep), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True] * 4 + [False], [True] * 5])], ids=["whole", "padded"])
+@pytest.mark.parametrize("prefix", [[0, 1], [3, 5], [2, 0]])
+def test_a_prefix_is_seen_by_all(prefix: list[int], mask: torch.Tensor | None) -> None:
+    """Fused, and with dropout; a prefix of one token is causal, one of all bidirectional."""
+    q, k, v = qkv(2)
+    first = torch.tensor(prefix)
+    found = attention(q, k, v, causal=True, mask_BS=mask, prefix_B=first)
+    torch.testing.assert_close(found, naive(q, k, v, True, mask, prefix=first), rtol=1e-12, atol=1e-12)
+    address = DropoutAddress(3, 4, row_spans([6, 9], S, 0, B * S))
+    heads = [draws16(address, f"{SITE}.head{n}", S, q.device).view(B, S, S) >= 26214 for n in range(N)]
+    keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - 26214)
+    dropped = attention_with_dropout(
+        q,
+        k,
+        v,
+        causal=True,
+        mask_BS=mask,
+        prefix_B=first,
+        p=0.4,
+        address=address,
+        site=SITE,
+        first_head=0,
+        kernels=PLAIN,
+    )
+    torch.testing.assert_close(dropped, naive(q, k, v, True, mask, keep, first), rtol=1e-12, atol=1e-12)
+
+
+def test_padding_before_a_prefix_is_no_nan() -> None:
+    """A query that may attend to nothing, or only to what comes later."""
+    q, k, v = (x.requires_grad_() for x in qkv(3))
+    mask, address = torch.tensor([[False] * 4 + [True]] * B), DropoutAddress(3, 4, row_spans([6, 9], S, 0, B * S))
+    found = attention_with_dropout(
+        q,
+        k,
+        v,
+        causal=True,
+        mask_BS=mask,
+        prefix_B=torch.tensor([0, 2]),
+        p=0.1,
+        address=address,
+        site=SITE,
+        first_head=0,
+        kernels=PLAIN,
+    )
+    found.sum().backward()
+    assert all(x.isfinite().all() for x in (found, q.grad, k.grad, v.grad))
 
 
 @settings(max_examples=15, deadline=None)

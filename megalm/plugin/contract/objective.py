@@ -28,7 +28,7 @@ Example = dict[str, Any]
 """One row before collation; keys and values are the objective's own (numpy arrays, ints)."""
 Batch = dict[str, np.ndarray]
 """A collated microbatch: the tensors declared in :class:`Needs`, as numpy arrays."""
-Attention = Literal["causal", "bidirectional"]
+Attention = Literal["causal", "bidirectional", "prefix"]
 Coupling = Literal["token", "example", "cell"]
 IGNORE = -100
 """Label of a position that is not scored."""
@@ -69,6 +69,10 @@ class Needs:
     a position may be attended to; leave it out where rows have no padding) and ``documents`` (int64, to all stages:
     positions of a row attend to each other only where they stand in one run of equal numbers, and positions count from
     the run's start; leave it out where a row is one text). ``lm_head`` asks for the vocabulary projection.
+
+    ``attention``: ``causal`` and ``bidirectional`` say it of every row. ``prefix`` is causal, but for the first tokens
+    of each row, which every position attends to: how many is said by the tensor ``prefix``, int64 ("batch",), to all
+    stages. With 0 or 1 a row is causal, with its length bidirectional, so that one backbone serves both.
     """
 
     attention: Attention
@@ -150,14 +154,21 @@ class LossContext(Protocol):
     ``hidden`` is the backbone's output for the microbatch, an opaque tensor: hand it to these functions only.
     """
 
-    def lm_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def lm_loss(self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy of the vocabulary for each scored position.
 
         ``labels`` (batch, seq) int64, ``IGNORE`` where not scored. With ``where`` (batch, seq) bool, only those
         positions go through the head. Returns a 1-d tensor of nats (0 at ignored labels), in row-major order of the
         positions.
+        """
+        ...
+
+    def vocabulary_loss(self, x: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy of the vocabulary for vectors (batch, n, hidden) from the functions below or from a module of
+        the objective's own: what :meth:`lm_loss` is to positions.
+
+        They meet the vocabulary's matrix and bias as they are, without the head's transform before. ``labels`` and
+        ``where``: (batch, n). Returns as :meth:`lm_loss` does. Such items belong to whole rows: scope ``example``.
         """
         ...
 
@@ -184,6 +195,22 @@ class LossContext(Protocol):
         those of the whole cell in the order of their slots, and the place of this microbatch's first row among them.
         Gradients flow back to whoever computed a row. Call it once for each tensor, also where a microbatch has nothing
         to score: every data-parallel rank takes part.
+        """
+        ...
+
+    def contrastive_loss(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float | torch.Tensor,
+        excluded: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """-log softmax(queries keys^T / temperature)[target] of each query: (n,) in nats, 0 where the target is
+        ``IGNORE``. Their products are never all in memory.
+
+        ``queries`` (n, features), ``keys`` (m, features), such as :meth:`gather` gives; ``targets`` (n,) int64 are rows
+        of ``keys``. ``excluded`` (n,) int64 names a key for each query that is not among its choices, -1: none.
         """
         ...
 

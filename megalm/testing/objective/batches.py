@@ -79,7 +79,7 @@ def padding_is_nothing(subject: ObjectiveSubject) -> str:
     """More padding, and other tokens where there is padding, change neither loss nor gradients."""
     needs = subject.objective.needs
     masked = "attention_mask" in needs.tensors
-    if not masked and needs.attention != "causal":
+    if not masked and needs.attention == "bidirectional":
         raise NotApplicable("rows have no padding: needs() declares no attention_mask")
     # Attention dropout numbers its draws by the row's length.
     overrides = [*NO_DROPOUT, f"model.max_positions={subject.sequence_length + EXTRA}"]

@@ -26,7 +26,7 @@ from megalm.train.prepare import Prepared
 
 T = TypeVar("T")
 
-ARCHITECTURES = {"causal": "gpt2", "bidirectional": "bert"}
+ARCHITECTURES = {"causal": "gpt2", "prefix": "gpt2", "bidirectional": "bert"}
 SHAPE = ("model.hidden_size=32", "model.heads=16", "model.ffn_size=48", "model.init_std=0.3", "train.steps=4")
 """Sixteen heads, so that sixteen ranks have one each; an inner size and a vocabulary that few of them divide."""
 DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1")

@@ -123,6 +123,15 @@ class Probe:
         scored_losses: torch.Tensor = out * scored
         return scored_losses
 
+    def vocabulary_loss(self, x: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+        scored = (labels if where is None else labels[where]).reshape(-1) != IGNORE
+        out = self.inner.vocabulary_loss(x, labels, where).detach().requires_grad_()
+        self.losses.append(out)
+        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+        self.rows_of.append((rows if where is None else rows[where]).reshape(-1))
+        scored_losses: torch.Tensor = out * scored
+        return scored_losses
+
     def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.inner.head(name, x).detach().requires_grad_()
         self.logits.append(out)
