@@ -22,6 +22,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Tests are shared out to as many processes as there are cores. Many start ranks of their own, so that more than a few
+# processes need more memory than they save time.
+WORKERS ?= -n $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8))) --dist worksteal
+
 DATA := runs/data/shakespeare
 
 help:
@@ -66,10 +70,10 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/python scripts/typecheck.py
 
 test: lint $(VENV)/.native
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(WORKERS)
 
 proof: lint $(VENV)/.native
-	@MEGALM_PROOF=full $(BIN)/python -m pytest
+	@MEGALM_PROOF=full $(BIN)/python -m pytest $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SEED = int(os.environ.get("MEGALM_SEED") or random.SystemRandom().randrange(2**31))
+# Left in the environment, so that pytest-xdist's processes draw alike.
+_DRAWN = os.environ.setdefault("MEGALM_SEED_DRAWN", str(random.SystemRandom().randrange(2**31)))
+SEED = int(os.environ.get("MEGALM_SEED") or _DRAWN)
 """Drives every randomly drawn layout and case of this session; ``MEGALM_SEED`` repeats one."""
 
 FakeDist = Callable[..., Path]
