@@ -231,6 +231,8 @@ def _open_records(resolved: Resolved, manager: PluginManager) -> _Opened:
     objective = task.objective
     for records in (task.train, task.validation):
         objective.check_corpus(as_corpus(records))
+    if resolved.config.eval.every:
+        task.rehearse()
     corpora = task.train_corpus, task.validation_corpus
     return _Opened(task.component, task.tokenizer, objective, *corpora, task=task)
 

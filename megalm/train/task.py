@@ -36,6 +36,7 @@ from megalm.train.stored import model_configuration, nearby_tokenizer, objective
 
 _ANY_LABELS = ("0", "1")
 """A head says its fields whatever its labels are."""
+_REHEARSED = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,13 @@ class Task:
         if not (folder / DESCRIPTOR).is_file():
             folder.mkdir(exist_ok=True)
             save_tokenizer(self.tokenizer, self.component, folder)
+
+    def rehearse(self) -> None:
+        """Measure right predictions for a few checked records, so that what measuring lacks (a library that is not
+        installed, DataError) is said before the first step and not after the hours before the first evaluation.
+        """
+        records = self.validation.rows[:_REHEARSED]
+        self.head.metrics([self.head.truth(record) for record in records], records)
 
     def measure(self, model: LanguageModel, samples: int, micro_batch: int, pipeline: Pipeline) -> dict[str, float]:
         """The head's metrics over the first ``samples`` records of the validation part, the same on every rank."""

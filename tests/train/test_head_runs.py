@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def test_what_is_wrong_is_said_before_the_start(
 ) -> None:
     with pytest.raises(error, match=message):
         tune(*overrides)
+
+
+def test_a_library_that_measures_need_is_missed_before_the_start(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    metrics = "head.sequence_classification.metrics=['f1_macro']"
+    with pytest.raises(DataError, match=r"f1_macro.*megalm\[eval\]"):
+        tune(metrics)
+    assert tune(metrics, "eval.every=0").task is not None, "nothing is measured"
 
 
 def test_labels_that_training_never_saw_are_refused(tune: Tune, tmp_path: Path) -> None:
