@@ -23,6 +23,7 @@ from megalm.errors import DataError
 
 _BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+_BLANK = re.compile(rb"\n(?:[ \t\r\f\v\n]|\xc2\xa0|\xe3\x80\x80)*")
 
 
 class Blocks:
@@ -46,18 +47,22 @@ class Blocks:
         """The blocks as bytes, for who can tell himself whether they are text, and asks :meth:`decode` of others."""
         # Grows and loses its beginning in place, where bytes would be copied whole for each block of a long document.
         offset, held, dropping = self.start, bytearray(), False
+        line, seen = -1, 0  # the last line break before ``seen``
         for chunk in self._chunks():
             fresh = max(0, len(held) - 8)
+            line, seen = max(line, held.rfind(b"\n", seen, fresh)), fresh
             held += chunk
-            cut = self._last_boundary(held, fresh)
+            cut = self._last_boundary(held, fresh, line)
             if cut and dropping:
                 first = self._boundary.search(held)  # type: ignore[union-attr]  # where there is a cut
                 skip = first.end() if first is not None else cut
                 del held[:skip]
+                line, seen = -1, 0
                 offset, dropping, cut = offset + skip, False, cut - skip
             if cut:
                 whole = bytes(memoryview(held)[:cut])
                 del held[:cut]
+                line, seen = -1, 0
                 yield whole, offset
                 offset += cut
             if not dropping and len(held) > self._reading.max_document:
@@ -66,11 +71,13 @@ class Blocks:
             if dropping and len(held) > 8:
                 offset += len(held) - 8
                 del held[:-8]
+                line, seen = -1, 0
         if held and not dropping:
             yield bytes(held), offset
 
-    def _last_boundary(self, held: bytearray, fresh: int) -> int:
-        """End of the last boundary that does not reach the end of what is held, 0 where there is none."""
+    def _last_boundary(self, held: bytearray, fresh: int, line: int) -> int:
+        """End of the last boundary that does not reach the end of what is held, 0 where there is none. ``line``: the
+        last line break before ``fresh``, -1 where there is none."""
         if self._boundary is None:
             return 0
         if self._boundary is not BLANK_LINES:
@@ -79,7 +86,8 @@ class Blocks:
         if at >= 0:
             return at + 2
         found = 0
-        for match in self._boundary.finditer(held, max(0, held.rfind(b"\n", 0, fresh))):
+        blank = _BLANK.match(held, line) if line >= 0 else None
+        for match in self._boundary.finditer(held, line if blank is not None and blank.end() >= fresh else fresh):
             if match.end() < len(held):
                 found = match.end()
         return found

@@ -4,11 +4,15 @@ import gzip
 import json
 import os
 import random
+import time
 
 import pytest
 
 from megalm.data.prepare import prepare
+from megalm.data.reading import blocks
+from megalm.data.reading.documents import read_documents
 from megalm.data.reading.inputs import find_inputs
+from megalm.data.reading.options import Reading
 from megalm.data.store import TokenStore
 from megalm.errors import DataError
 from megalm_plugins.tokenizers.byte import ByteTokenizer
@@ -157,3 +161,44 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=r"needs the Python module backports.zstd.*pip install 'megalm\[data\]'"):
         run([tmp_path / "x.zst"], tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "piece"),
+    [
+        ("a.txt", "line", "long line "),
+        ("a.txt", "file", "line\n\n"),
+        ("a.txt", "blank-line", "line\n"),
+        ("a.txt", "blank-line", "longline "),
+        ("a.jsonl", "blank-line", "long row "),
+    ],
+)
+@pytest.mark.parametrize("head", ["", "title\n"])
+def test_a_long_document_is_read_in_linear_time(tmp_path, monkeypatch, name, how, piece, head):
+    """Thousands of small reads for one document: to copy or to search all of it at each of them takes far longer."""
+    monkeypatch.setattr(blocks, "_BLOCK", 2048)
+    if how == "line" and head:
+        pytest.skip("two documents")
+    text = head + (piece * (16_000_000 // len(piece))).strip()
+    path = tmp_path / name
+    path.write_text(json.dumps({"text": text}) if name == "a.jsonl" else text)
+    start = time.process_time()
+    assert list(read_documents(path, Reading(how))) == [text]
+    assert time.process_time() - start < 3
+
+
+def test_documents_do_not_depend_on_what_is_read_at_once(tmp_path, monkeypatch, campaign_seed):
+    rng = random.Random(campaign_seed)
+    parts = ["word ", "\n", "\n\n", "\r\n", " \n", "\t\n\n", "\u3000", "\u3000\n", "é中\n", "\n\xa0\n"]
+    parts += ["x" * 40, " " * 30]
+    path = tmp_path / "a.txt"
+    for _ in range(150):
+        path.write_bytes("".join(rng.choices(parts, k=rng.randint(1, 60))).encode())
+        found = []
+        for size in (1 << 20, 1, 2, 3, 9, 31, 100):
+            monkeypatch.setattr(blocks, "_BLOCK", size)
+            try:
+                found.append(list(read_documents(path, Reading("blank-line"))))
+            except DataError as error:
+                found.append([str(error)])
+        assert all(each == found[0] for each in found)
