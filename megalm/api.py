@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from megalm.plugin.contract.modules import BuildContext, ModuleBuilder
     from megalm.plugin.contract.objective import (
         IGNORE,
+        AuxModel,
         Batch,
         Corpus,
         Example,
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
         Needs,
         Objective,
         ObjectiveEnv,
+        PrepareContext,
+        PreparedBatch,
+        Prepares,
         TensorSpec,
         Term,
     )
@@ -89,6 +93,7 @@ _HOMES = {
     "megalm.plugin.contract.modules": ("BuildContext", "ModuleBuilder"),
     "megalm.plugin.contract.objective": (
         "IGNORE",
+        "AuxModel",
         "Batch",
         "Corpus",
         "Example",
@@ -97,6 +102,9 @@ _HOMES = {
         "Needs",
         "Objective",
         "ObjectiveEnv",
+        "PrepareContext",
+        "PreparedBatch",
+        "Prepares",
         "TensorSpec",
         "Term",
     ),
@@ -127,6 +135,7 @@ __all__ = [
     "ActionKind",
     "AddressedSource",
     "Architecture",
+    "AuxModel",
     "Batch",
     "BubbleFormula",
     "BuildContext",
@@ -162,6 +171,9 @@ __all__ = [
     "PipelineShape",
     "PluginError",
     "PluginInfo",
+    "PrepareContext",
+    "PreparedBatch",
+    "Prepares",
     "Record",
     "RunInfo",
     "ScheduleError",

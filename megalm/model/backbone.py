@@ -56,7 +56,8 @@ class Embedding(nn.Module):
         self.types = TokenTypeEmbedding(parallel, spec.token_types, c.hidden_size, init) if spec.token_types else None
         self.norm = _norm(spec, parallel) if c.embedding_norm else None
 
-    def forward(self, batch: Microbatch) -> torch.Tensor:
+    def forward(self, batch: Microbatch, site: str = "embedding") -> torch.Tensor:
+        """Vectors of the batch's tokens; ``site``: of their dropout."""
         x_TH = self.tokens(batch.tensors["tokens"].reshape(-1))
         if self.types is not None:
             x_TH = self.types(x_TH, batch)
@@ -64,7 +65,7 @@ class Embedding(nn.Module):
             x_TH = self.positions(x_TH, batch)
         if self.norm is not None:
             x_TH = self.norm(x_TH)
-        return batch.dropout(x_TH, self.p, "embedding", self.kernels)
+        return batch.dropout(x_TH, self.p, site, self.kernels)
 
 
 class TiedEmbedding(nn.Module):
@@ -77,9 +78,11 @@ class TiedEmbedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with a residual connection; norms before (GPT) or after (BERT)."""
+    """Attention and MLP, each with a residual connection; norms before (GPT) or after (BERT).
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelContext, number: int) -> None:
+    ``within``: what its dropout's sites begin with."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, number: int, within: str = "") -> None:
         super().__init__()
         c = spec.cfg
         init = Init("normal", c.init_std)
@@ -87,7 +90,7 @@ class Layer(nn.Module):
         self.post = c.norm_placement == "post"
         self.p = c.dropout
         self.kernels = spec.kernels
-        self.site = f"layers.{number}"
+        self.site = f"{within}layers.{number}"
         self.attention_norm = _norm(spec, parallel)
         self.attention = Attention(
             parallel,

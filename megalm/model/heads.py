@@ -11,21 +11,22 @@ from megalm.nn.linear import ZERO, ReplicatedLinear
 from megalm.nn.module import ParallelModule
 from megalm.nn.norm import make_norm
 from megalm.ops.linear_cross_entropy import linear_cross_entropy
+from megalm.ops.sampling import TokenDraw
 from megalm.parallel.collectives import copy_to_tensor_region, enter_tensor_region, replicate_tokens
 from megalm.parallel.layout import Init, Shard, even_ranges
 from megalm.parallel.mesh import ParallelContext
 
 
 class Transform(nn.Module):
-    """Dense, activation, norm: BERT's step before the vocabulary. Runs alike on every rank."""
+    """Dense, activation, norm: BERT's step before the vocabulary, to vectors of ``width``. Runs alike on every rank."""
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, width: int) -> None:
         super().__init__()
         c = spec.cfg
-        self.dense = ReplicatedLinear(parallel, c.hidden_size, c.hidden_size, init=Init("normal", c.init_std))
+        self.dense = ReplicatedLinear(parallel, c.hidden_size, width, init=Init("normal", c.init_std))
         self.kernels = spec.kernels
         self.activation = c.activation
-        self.norm = make_norm(c.norm, parallel, c.hidden_size, c.norm_eps, token_sharded=False, kernels=spec.kernels)
+        self.norm = make_norm(c.norm, parallel, width, c.norm_eps, token_sharded=False, kernels=spec.kernels)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.norm(self.kernels.bias_activation(self.dense(x_TH), None, self.activation))
@@ -37,9 +38,11 @@ def _select(x: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
 
 
 class LMHead(ParallelModule):
-    """Projection to the vocabulary, its rows divided over the tensor-parallel axis as the embedding's are."""
+    """Projection to the vocabulary, its rows divided over the tensor-parallel axis as the embedding's are.
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelContext) -> None:
+    ``width``: of the embedding whose matrix it uses, where that is not the model's; its transform leads there."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, width: int | None = None) -> None:
         super().__init__(parallel)
         c = spec.cfg
         shard = Shard("tp", 0, even_ranges(spec.vocab_size, parallel.tp.size))
@@ -52,7 +55,7 @@ class LMHead(ParallelModule):
                 "weight", (spec.vocab_size, c.hidden_size), Init("normal", c.init_std), shard
             )
         self.bias = self.declare_shard("bias", (spec.vocab_size,), ZERO, shard) if c.lm_head_bias else None
-        self.transform = Transform(spec, parallel) if c.lm_head_transform else None
+        self.transform = Transform(spec, parallel, width or c.hidden_size) if c.lm_head_transform else None
 
     def matrix(self, embedding: VocabParallelEmbedding | None) -> torch.Tensor:
         """The projection's rows on this rank."""
@@ -103,6 +106,21 @@ class LMHead(ParallelModule):
             bias_V=self.bias,
             first_row=self.first_row,
             kernels=self.kernels,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        where_T: torch.Tensor,
+        embedding: VocabParallelEmbedding | None,
+        draw: TokenDraw,
+    ) -> torch.Tensor:
+        """Token ids (n,) drawn from the softmax of the logits where ``where_T`` is true, on every rank."""
+        h_NH = _select(replicate_tokens(hidden, self.parallel), where_T.nonzero().squeeze(1))
+        h_NH = h_NH if self.transform is None else self.transform(h_NH)
+        return draw.tokens(
+            h_NH, self.matrix(embedding), self.bias, where_T, self.parallel.tp, self.vocab_size, self.first_row
         )
 
     def logits(self, h_NH: torch.Tensor, embedding: VocabParallelEmbedding | None) -> torch.Tensor:

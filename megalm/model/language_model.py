@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from megalm.errors import ObjectiveError
-from megalm.model.backbone import Backbone
+from megalm.model.auxiliary import AuxiliaryModel, ModelPrepareContext
+from megalm.model.backbone import Backbone, Embedding
 from megalm.model.heads import Classifiers, LMHead
 from megalm.model.modules import PluginModules
 from megalm.model.spec import ModelSpec
@@ -17,6 +18,7 @@ from megalm.nn.embedding import VocabParallelEmbedding
 from megalm.nn.microbatch import Microbatch
 from megalm.nn.module import layouts
 from megalm.ops.contrastive import contrastive_cross_entropy
+from megalm.ops.dropout import DropoutAddress
 from megalm.parallel.collectives import gather_rows, replicate_tokens
 from megalm.parallel.layout import logical_name
 from megalm.parallel.mesh import ParallelContext, single_rank
@@ -32,12 +34,17 @@ class LanguageModel(nn.Module):
         self.parallel = parallel
         self.stages = {stage.number: stage for stage in stages or [whole_model(spec)]}
         last = any(stage.last for stage in self.stages.values())
+        self.has_first_stage = any(stage.first for stage in self.stages.values())
         with torch.device("meta"):
             self.backbone = Backbone(spec, parallel, list(self.stages.values()))
             self.lm_head = LMHead(spec, parallel) if spec.lm_head and last else None
             self.classifiers = Classifiers(spec, parallel) if spec.heads and last else None
             owned = spec.modules if last else {}
             self.plugins = PluginModules(spec.cfg, owned, parallel, spec.kernels) if owned else None
+            small = spec.auxiliary if self.has_first_stage else {}
+            self.auxiliary = nn.ModuleDict(
+                {name: AuxiliaryModel(name, each, parallel, spec.cfg.hidden_size) for name, each in small.items()}
+            )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(spec.tuning.trains(name))
 
@@ -49,6 +56,12 @@ class LanguageModel(nn.Module):
     def context(self, batch: Microbatch) -> ModelLossContext:
         """The context for the loss of one microbatch."""
         return ModelLossContext(self, batch)
+
+    def prepare_context(self, batch: Microbatch, address: DropoutAddress) -> ModelPrepareContext:
+        """The context for the preparation of one microbatch, on a rank with the first stage; ``address``: of what is
+        drawn at its tokens."""
+        assert isinstance(self.backbone.embedding, Embedding)
+        return ModelPrepareContext(self.auxiliary, self.backbone.embedding, batch, address)
 
     @property
     def token_embedding(self) -> VocabParallelEmbedding | None:
@@ -123,6 +136,9 @@ class ModelLossContext:
     def full_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         whole = replicate_tokens(hidden, self._model.parallel)
         return whole.view(self._batch.rows, self._batch.length, -1)
+
+    def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return replicate_tokens(hidden, self._model.parallel)[where.reshape(-1)]
 
     def pick(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         return self.full_sequence(hidden)[:, position]

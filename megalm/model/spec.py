@@ -6,7 +6,7 @@ All reasons why a layout does not fit are found here, before any process group e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megalm.config.schema import Config, ModelConfig
 from megalm.errors import ConfigError, LayoutError
@@ -16,7 +16,7 @@ from megalm.ops.kernels import PLAIN, Kernels
 from megalm.ops.rope import RopeScaling
 from megalm.parallel.mesh import layout_sizes
 from megalm.plugin.contract.modules import ModuleBuilder
-from megalm.plugin.contract.objective import Coupling, HeadSpec, Needs
+from megalm.plugin.contract.objective import AuxModel, Coupling, HeadSpec, Needs
 
 _GATED_ROUNDING = 64
 
@@ -42,6 +42,8 @@ class ModelSpec:
     modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
     tuning: Tuning = NO_TUNING
     """What fine-tuning adds to the model, and what of it trains."""
+    auxiliary: Mapping[str, ModelSpec] = field(default_factory=dict)
+    """Smaller models beside the backbone, which have its embedding."""
     kernels: Kernels = field(default=PLAIN, compare=False)
     """What it computes with."""
 
@@ -56,23 +58,33 @@ class ModelSpec:
 
     def parameter_count(self) -> int:
         """Elements of all logical tensors."""
-        c, h = self.cfg, self.cfg.hidden_size
-        q, kv = c.heads * self.head_dim, self.kv_heads * self.head_dim
-        norm = 2 * h if c.norm == "layer_norm" else h
-        inner = (2 if c.gated else 1) * self.ffn_size
-        layer = h * (q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + q * h + c.attention_bias * h
-        layer += h * inner + self.ffn_size * h + c.mlp_bias * (inner + h) + 2 * norm
-        layer += c.qk_norm * 2 * self.head_dim
-        total = c.layers * layer + self.vocab_size * h
+        c, h, norm = self.cfg, self.cfg.hidden_size, self._norm_parameters(self.cfg.hidden_size)
+        total = self._layer_parameters() + self.vocab_size * h
         total += self.max_positions * h if c.position == "learned" else 0
-        total += self.token_types * h + c.embedding_norm * norm + c.final_norm * norm
+        total += self.token_types * h + c.embedding_norm * norm
         if self.lm_head:
             total += (not c.tie_embeddings) * self.vocab_size * h + c.lm_head_bias * self.vocab_size
             total += c.lm_head_transform * (h * h + h + norm)
         total += any(head.pooled for head in self.heads) * (h * h + h)
         total += sum(head.outputs * (h + 1) for head in self.heads)
+        for each in self.auxiliary.values():
+            own = each.cfg.hidden_size  # from the embedding's width to this, and back before the vocabulary's bias
+            total += each._layer_parameters() + (h * own + own) + (own * h + h + norm) + self.vocab_size
         total += added_parameters(self.tuning, self.projections(), layers=c.layers, hidden_size=h)
         return total + module_parameters(c, self.modules)
+
+    def _norm_parameters(self, width: int) -> int:
+        return 2 * width if self.cfg.norm == "layer_norm" else width
+
+    def _layer_parameters(self) -> int:
+        """Of all layers, and of the norm after them."""
+        c, h, norm = self.cfg, self.cfg.hidden_size, self._norm_parameters(self.cfg.hidden_size)
+        q, kv = c.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = (2 if c.gated else 1) * self.ffn_size
+        layer = h * (q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + q * h + c.attention_bias * h
+        layer += h * inner + self.ffn_size * h + c.mlp_bias * (inner + h) + 2 * norm
+        layer += c.qk_norm * 2 * self.head_dim
+        return c.layers * layer + c.final_norm * norm
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the projections of a layer."""
@@ -141,7 +153,33 @@ def resolve_model(config: Config, needs: Needs, vocab_size: int) -> ModelSpec:
         recompute=config.train.recompute == "full",
         modules=needs.modules,
         tuning=Tuning.of(config.finetune),
+        auxiliary={name: _auxiliary(name, aux, config, needs, vocab) for name, aux in needs.aux_models.items()},
     )
+
+
+def _auxiliary(name: str, aux: AuxModel, config: Config, needs: Needs, vocab: int) -> ModelSpec:
+    """A smaller model of the same kind. ConfigError where the model's sizes have no such share."""
+    c = config.model
+    heads = aux.heads or max(1, round(c.heads * aux.width))
+    share = {
+        "layers": aux.layers or c.layers,
+        "heads": heads,
+        "kv_heads": None if c.kv_heads is None else max(1, round(c.kv_heads * heads / c.heads)),
+        "hidden_size": max(1, round(c.hidden_size * aux.width)),
+        "ffn_size": None if c.ffn_size is None else max(1, round(c.ffn_size * aux.width)),
+        # Vectors meet the embedding's matrix, which has another width.
+        "tie_embeddings": True,
+        "lm_head_transform": True,
+        "lm_head_bias": True,
+    }
+    smaller = config.model_copy(update={"model": c.model_copy(update=share)})
+    try:
+        return replace(resolve_model(smaller, Needs(needs.attention, needs.tensors), vocab), tuning=NO_TUNING)
+    except ConfigError as error:
+        sizes = ", ".join(f"{key} = {share[key]}" for key in ("hidden_size", "heads", "kv_heads", "ffn_size"))
+        raise ConfigError(
+            [f"the auxiliary model {name!r} would have {sizes}: {problem}" for problem in error.problems]
+        ) from None
 
 
 def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[str]:
@@ -172,12 +210,17 @@ def layout_problems(config: Config, spec: ModelSpec, world_size: int) -> list[st
 
 def tensor_parallel_problems(spec: ModelSpec, tp: int) -> list[str]:
     """Why this model cannot be divided over so many tensor-parallel ranks; empty where it can."""
+    problems = [
+        f"the auxiliary model {name!r}: {problem}"
+        for name, each in spec.auxiliary.items()
+        for problem in tensor_parallel_problems(each, tp)
+    ]
     sizes = {
         "model.heads": spec.cfg.heads,
         "the MLP's inner size (model.ffn_size)": spec.ffn_size,
         "the vocabulary (model.vocab_size)": spec.vocab_size,
     }
-    return [
+    return problems + [
         f"parallel.tp = {tp} is more than {name} = {size}: some ranks would hold nothing"
         for name, size in sizes.items()
         if size < tp

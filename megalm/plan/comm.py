@@ -52,6 +52,10 @@ class _Asked:
     """Whether the gradient of its loss reaches the last stage's layers."""
     loss: tuple[Entry, ...]
     """What the ranks with the last stage say for it."""
+    prepared: tuple[Entry, ...] = ()
+    """What the ranks with the first stage say for its preparation."""
+    told: tuple[tuple[int, ...], ...] = ()
+    """Of each microbatch, the bytes of each tensor that is prepared."""
 
 
 class Planner:
@@ -75,6 +79,7 @@ class Planner:
         self._layouts: list[dict[str, Layout]] = []
         self._ways: list[list[tuple[Stage, Counter[Way]]]] = []
         post = spec.cfg.norm_placement == "post"
+        self._auxiliary: dict[str, Counter[Way]] = {}
         for place in range(self.pp):
             stages = pipeline.stages_of(place)
             model = LanguageModel(spec, recording_context(grid, []), stages)
@@ -82,6 +87,10 @@ class Planner:
             moving = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
             self._layouts.append({name: declared[name] for name in moving})
             self._ways.append([(stage, ways(model.backbone, stage, post=post)) for stage in stages])
+            for name, each in model.auxiliary.items():
+                within = Stage(0, range(spec.auxiliary[name].cfg.layers), first=True, last=True)
+                looked_up = Way("embedding", "out", spec.cfg.hidden_size)
+                self._auxiliary[name] = ways(each, within, post=post) + Counter({looked_up: 1})
 
     def step(self, objective: Scorer, microbatches: Microbatches) -> list[AlikeRanks]:
         """What each rank communicates in one optimizer step, ``microbatches`` being those of the step.
@@ -112,18 +121,35 @@ class Planner:
                 out.append(first)
                 continue
             probe = None if first else LossProbe(self.spec, self.grid, objective, self._dtype, index)
-            tokens, flows, loss = [], [], []
+            tokens, flows, loss, told = [], [], [], []
+            prepared: list[Entry] = []
             for tensors in microbatches(index):
                 tokens.append(tensors["tokens"].numel())
+                told.append(tuple(tensors[name].nbytes for name in objective.needs.prepares.tensors))
                 if probe is not None:
+                    prepared += self._prepared(objective, probe, tensors, train=train)
                     said, flowing = probe.ask(tensors, backward=train)
                     loss += said
                     flows.append(flowing)
             if first is not None:
-                out.append(_Asked(tuple(tokens), first.flows, first.loss))
+                out.append(_Asked(tuple(tokens), first.flows, first.loss, first.prepared, tuple(told)))
             else:
-                out.append(_Asked(tuple(tokens), tuple(flows), merged(loss)))
+                out.append(_Asked(tuple(tokens), tuple(flows), merged(loss), merged(prepared), tuple(told)))
         return out
+
+    def _prepared(
+        self, objective: Scorer, probe: LossProbe, tensors: Mapping[str, torch.Tensor], *, train: bool
+    ) -> Iterator[Entry]:
+        """What a rank with the first stage says for the preparation of a microbatch."""
+        if not (objective.needs.prepares.tensors or objective.needs.prepares.terms):
+            return
+        said, ran = probe.prepare(tensors, backward=train)
+        yield from said
+        tokens, size = tensors["tokens"].numel(), self._dtype.itemsize
+        for name in ran:
+            yield from backbone_entries(
+                self._auxiliary[name], self.grid, tokens=tokens, itemsize=size, backward=train
+            )
 
     def _rows(
         self, objective: Scorer, asked: _Asked, orders: list[LoweredOrder], *, train: bool
@@ -146,9 +172,15 @@ class Planner:
                         yield from recompute_entries(every, self.spec, grid, tokens=tokens, itemsize=size)
         if place == self.pipeline.last_rank:
             yield from asked.loss
+        if place == self.pipeline.order.placement[0]:
+            yield from asked.prepared
         first = 0
         for lowered in orders:
             tokens_of = asked.tokens[first : first + lowered.order.microbatches]
+            told = asked.told[first : first + lowered.order.microbatches]
+            if self.pp > 1:
+                for tensor in zip(*told, strict=True):
+                    yield entry("prepared tensors", "pp", "broadcast", self.pp, sum(tensor))
             first += len(tokens_of)
             features = self.spec.cfg.hidden_size
             yield from message_entries(lowered, place, grid, tokens=tokens_of, features=features, itemsize=size)

@@ -4,25 +4,29 @@ What is communicated depends on the functions of the context that the loss calls
 data (which positions are scored). So the loss and its backward run, on the real batch and the real heads and context,
 but on recording groups and with hidden vectors of few features. An objective cannot know the hidden size, so it behaves
 alike; every message is a constant plus a multiple of that size, and two small sizes tell both. Only modules of the
-objective's own are built for the hidden size: with them the run has the true one. The vocabulary's matrix has one row a
-rank, because no message contains logits.
+objective's own, and auxiliary models, are built for the hidden size: with them the run has the true one. The
+vocabulary's matrix has one row a rank, because no message contains logits.
+
+A preparation with auxiliary models is asked in the same way; what their layers say follows the backbone's formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
 from megalm.errors import ObjectiveError
+from megalm.model.auxiliary import AuxiliaryModel, ModelPrepareContext
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec
-from megalm.nn.microbatch import make_microbatch
+from megalm.nn.microbatch import Microbatch, make_microbatch
+from megalm.ops.dropout import DropoutAddress, row_spans
 from megalm.plan.entries import Entry, entry
 from megalm.plan.recording import Grid, Heard, recording_context
-from megalm.plugin.contract.objective import LossContext, Term
+from megalm.plugin.contract.objective import LossContext, Needs, PrepareContext, PreparedBatch, Term
 
 _WIDTHS = (4, 8)
 
@@ -43,6 +47,15 @@ class Scorer(Protocol):
         """Weight of each loss term."""
         ...
 
+    @property
+    def needs(self) -> Needs:
+        """What it prepares, and of which types."""
+        ...
+
+    def prepare(self, batch: Mapping[str, torch.Tensor], ctx: PrepareContext) -> PreparedBatch:
+        """What it makes of a microbatch before."""
+        ...
+
     def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
         """Sums of the terms of a microbatch."""
         ...
@@ -58,6 +71,31 @@ class _Told:
     """A gradient came back to the hidden vectors."""
 
 
+def _without_layers(spec: ModelSpec, rows: int) -> ModelSpec:
+    return replace(spec, cfg=spec.cfg.model_copy(update={"layers": 0}), vocab_size=rows, max_positions=1)
+
+
+@dataclass
+class _WithoutLayers:
+    """The context of a preparation, which computes no hidden vectors."""
+
+    inner: ModelPrepareContext
+    model: LanguageModel
+    batch: Microbatch
+    ran: list[str] = field(default_factory=list)
+
+    def hidden(self, name: str) -> torch.Tensor:
+        self.ran.append(name)
+        spec = self.model.spec.auxiliary[name]
+        first, last = self.batch.shard
+        dtype = next(self.model.parameters()).dtype
+        values = torch.randn(last - first, spec.cfg.hidden_size, generator=torch.Generator().manual_seed(0))
+        return values.to(dtype).requires_grad_(torch.is_grad_enabled())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
 class LossProbe:
     """Asks an objective, for one data-parallel rank. Tensor-parallel ranks all say the same."""
 
@@ -67,7 +105,7 @@ class LossProbe:
         self._dtype = dtype
         self._heard: list[Heard] = []
         self._parallel = recording_context(grid, self._heard, dp_index=dp_index)
-        self._widths = (spec.cfg.hidden_size,) if spec.modules else _WIDTHS
+        self._widths = (spec.cfg.hidden_size,) if spec.modules or spec.auxiliary else _WIDTHS
         self._models = {width: self._narrow(width) for width in self._widths}
 
     def ask(self, tensors: Mapping[str, torch.Tensor], *, backward: bool) -> tuple[list[Entry], bool]:
@@ -79,10 +117,31 @@ class LossProbe:
         ]
         return entries, told[0].flows
 
+    def prepare(self, tensors: Mapping[str, torch.Tensor], *, backward: bool) -> tuple[list[Entry], list[str]]:
+        """What the preparation of a microbatch says but for the layers of auxiliary models and their embedding, and the
+        names of the models that it ran, as often as it did."""
+        model, batch = self._models[self._widths[-1]], make_microbatch(tensors, self._parallel)
+        address = DropoutAddress(0, 0, row_spans(range(batch.rows), batch.length, 0, batch.rows * batch.length))
+        ctx = _WithoutLayers(model.prepare_context(batch, address), model, batch)
+        self._heard.clear()
+        with torch.set_grad_enabled(backward):
+            terms = self._objective.prepare(tensors, ctx).terms
+            forward = list(self._heard)
+            sums = [term.sum for term in terms.values() if term.sum.requires_grad]
+        if sums:
+            torch.stack(sums).sum().backward()
+        entries = [
+            *self._entries("forward", [forward]),
+            *self._entries("backward", [self._heard[len(forward) :]]),
+        ]
+        return entries, ctx.ran
+
     def _narrow(self, width: int) -> LanguageModel:
         """The run's heads on ``width`` features, without layers."""
         cfg = self._spec.cfg.model_copy(update={"layers": 0, "hidden_size": width})
-        spec = replace(self._spec, cfg=cfg, vocab_size=self._parallel.tp.size, max_positions=1)
+        rows = self._parallel.tp.size
+        smaller = {name: _without_layers(each, rows) for name, each in self._spec.auxiliary.items()}
+        spec = replace(self._spec, cfg=cfg, vocab_size=rows, max_positions=1, auxiliary=smaller)
         model = LanguageModel(spec, self._parallel)
         draw = torch.Generator().manual_seed(0)
         for module in model.modules():
@@ -91,6 +150,9 @@ class LossProbe:
                 setattr(module, name, torch.nn.Parameter(values, requires_grad=meta.requires_grad))
         if model.lm_head is not None:
             model.lm_head.vocab_size = self._spec.vocab_size  # ranks agree by it on the size of messages
+        for auxiliary in model.auxiliary.values():
+            assert isinstance(auxiliary, AuxiliaryModel)
+            auxiliary.head.vocab_size = self._spec.vocab_size
         return model
 
     def _run(self, width: int, tensors: Mapping[str, torch.Tensor], backward: bool) -> _Told:

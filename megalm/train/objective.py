@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from megalm.parallel import rng
 from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import (
     IGNORE,
+    AuxModel,
     Batch,
     Corpus,
     Coupling,
@@ -22,6 +23,9 @@ from megalm.plugin.contract.objective import (
     Needs,
     Objective,
     ObjectiveEnv,
+    PrepareContext,
+    PreparedBatch,
+    Prepares,
     TensorSpec,
     Term,
 )
@@ -175,27 +179,56 @@ class TrainingObjective:
             found = part.loss(hidden, last, ctx)
             if extra := sorted(set(found) - set(part.weights())):
                 raise ObjectiveError(f"objective {part_name}: loss() gives {extra[0]!r}, which weights() does not name")
-            for name, term in found.items():
-                if term.sum.dim() != 0:
-                    raise ObjectiveError(
-                        f"objective {part_name}: the term {name!r} has shape {list(term.sum.shape)}; "
-                        "a term is the sum of its items, one number"
-                    )
+            if extra := sorted(set(found) & set(self.needs.prepares.terms)):
+                raise ObjectiveError(
+                    f"objective {part_name}: loss() gives {extra[0]!r}, which needs() says that prepare() gives"
+                )
+            _check_sums(part_name, found)
             terms.update(found)
         return terms
 
-    def check_terms(self, terms: Mapping[str, Term], counts: Mapping[str, int]) -> None:
-        """ObjectiveError where a term scored something by its counts but has no sum."""
-        if missing := sorted(name for name, n in counts.items() if n and name not in terms):
+    def prepare(self, batch: Mapping[str, torch.Tensor], ctx: PrepareContext) -> PreparedBatch:
+        """What the parts make of a batch before the backbone sees it; ObjectiveError where it is not as declared."""
+        tensors: dict[str, torch.Tensor] = {}
+        terms: dict[str, Term] = {}
+        for name, part in self.parts.items():
+            declared = self._prepares[name]
+            if not (declared.tensors or declared.terms):
+                continue
+            found = part.prepare(batch, ctx)
+            if extra := sorted({*found.tensors} ^ {*declared.tensors} | {*found.terms} - {*declared.terms}):
+                raise ObjectiveError(
+                    f"objective {name}: prepare() gives {_told(found.tensors, found.terms)}, but needs() declares "
+                    f"{_told(declared.tensors, declared.terms)}: {extra[0]!r} is in one of them"
+                )
+            for key, tensor in found.tensors.items():
+                if (tensor.shape, tensor.dtype) != (batch[key].shape, batch[key].dtype):
+                    raise ObjectiveError(
+                        f"objective {name}: prepare() makes the tensor {key!r} {tensor.dtype}{list(tensor.shape)}, "
+                        f"but in the batch it is {batch[key].dtype}{list(batch[key].shape)}"
+                    )
+                tensors[key] = tensor.detach()
+            _check_sums(name, found.terms)
+            terms.update(found.terms)
+        return PreparedBatch(tensors, terms)
+
+    def check_terms(
+        self, terms: Mapping[str, Term], counts: Mapping[str, int], *, prepared: bool = False
+    ) -> None:
+        """ObjectiveError where a term scored something by its counts but has no sum. ``prepared``: of those that
+        prepare() gives; else of the others."""
+        mine = (name for name in counts if (name in self.needs.prepares.terms) == prepared)
+        if missing := sorted(name for name in mine if counts[name] and name not in terms):
             raise ObjectiveError(
                 f"objective {self.name}: counts() says that {missing[0]!r} scores {counts[missing[0]]} items, "
-                "but loss() gives no such term"
+                f"but {'prepare' if prepared else 'loss'}() gives no such term"
             )
 
     def _join_needs(self) -> Needs:
         tensors: dict[str, TensorSpec] = {}
         heads: dict[str, HeadSpec] = {}
         modules: dict[str, ModuleBuilder] = {}
+        aux_models: dict[str, AuxModel] = {}
         needs = {name: part.needs() for name, part in self.parts.items()}
         for name, need in needs.items():
             tokens = need.tensors.get("tokens")
@@ -220,6 +253,11 @@ class TrainingObjective:
             for key, build in need.modules.items():
                 if modules.setdefault(key, build) is not build:
                     raise ConfigError([f"train.objective: {name} has a module {key!r}, as another part has"])
+            for key, model in need.aux_models.items():
+                if aux_models.setdefault(key, model) is not model:
+                    raise ConfigError([f"train.objective: {name} has an auxiliary model {key!r}, as another part has"])
+            self._check_prepares(name, need, needs)
+        self._prepares = {name: need.prepares for name, need in needs.items()}
         return Needs(
             attention=next(iter(needs.values())).attention,
             tensors=tensors,
@@ -228,7 +266,21 @@ class TrainingObjective:
             token_types=max(n.token_types for n in needs.values()),
             coupling=max((n.coupling for n in needs.values()), key=_COUPLINGS.index),
             modules=modules,
+            aux_models=aux_models,
+            prepares=Prepares(
+                tuple(key for need in needs.values() for key in need.prepares.tensors),
+                tuple(key for need in needs.values() for key in need.prepares.terms),
+            ),
         )
+
+    def _check_prepares(self, name: str, need: Needs, everyone: Mapping[str, Needs]) -> None:
+        if unknown := sorted({*need.prepares.tensors} - {*need.tensors}):
+            raise ObjectiveError(f"objective {name}: prepares a tensor {unknown[0]!r} that needs() does not declare")
+        if unknown := sorted({*need.prepares.terms} - {*self.parts[name].weights()}):
+            raise ObjectiveError(f"objective {name}: prepares a term {unknown[0]!r} that weights() does not name")
+        for other, its in everyone.items():
+            if other != name and (both := sorted({*its.prepares.tensors} & {*need.prepares.tensors})):
+                raise ConfigError([f"train.objective: {name} and {other} both prepare the tensor {both[0]!r}"])
 
     def _join_weights(self) -> dict[str, float]:
         weights: dict[str, float] = {}
@@ -238,6 +290,19 @@ class TrainingObjective:
                     raise ConfigError([f"train.objective: {name} has a loss term {term!r} that another part has too"])
                 weights[term] = weight
         return weights
+
+
+def _told(tensors: Iterable[str], terms: Iterable[str]) -> str:
+    return f"the tensors [{', '.join(sorted(tensors))}] and the terms [{', '.join(sorted(terms))}]"
+
+
+def _check_sums(part: str, terms: Mapping[str, Term]) -> None:
+    for name, term in terms.items():
+        if term.sum.dim() != 0:
+            raise ObjectiveError(
+                f"objective {part}: the term {name!r} has shape {list(term.sum.shape)}; "
+                "a term is the sum of its items, one number"
+            )
 
 
 def _builds_batches(kind: type[Objective]) -> bool:

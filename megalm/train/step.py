@@ -24,6 +24,7 @@ from megalm.pipeline.run import run_order, unmarked
 from megalm.plugin.contract.objective import Term
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
+from megalm.train.preparation import prepare_microbatches
 from megalm.train.stages import TrainingStages, forward_only
 
 AT_ONCE = 4
@@ -56,7 +57,22 @@ def forward_backward(
     parallel = model.parallel
     scored = sum_counts(objective, microbatches, parallel)
     sums = _Sums(objective, parallel.device)
-    tensors = [rows.tensors(parallel.device) for rows in microbatches]
+
+    def scaled(terms: dict[str, Term]) -> torch.Tensor | None:
+        sums.add(terms)
+        parts = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
+        return torch.stack(parts).sum() if parts else None
+
+    def prepared(microbatch: int, terms: dict[str, Term]) -> None:
+        objective.check_terms(terms, objective.counts(microbatches[microbatch].batch), prepared=True)
+        total = scaled(terms)
+        if total is not None and total.requires_grad:
+            with phase("backward"):
+                torch.autograd.backward(total)
+
+    tensors = prepare_microbatches(
+        model, objective, microbatches, prepared, seed=seed, step=step, pipeline=pipeline
+    )
     batches = [
         make_microbatch(each, parallel, seed=seed, step=step, slots=rows.slots)
         for each, rows in zip(tensors, microbatches, strict=True)
@@ -65,9 +81,7 @@ def forward_backward(
     def loss(microbatch: int, hidden: torch.Tensor, batch: Microbatch) -> torch.Tensor | None:
         terms = objective.loss(hidden, tensors[microbatch], model.context(batch))
         objective.check_terms(terms, objective.counts(microbatches[microbatch].batch))
-        sums.add(terms)
-        scaled = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
-        return torch.stack(scaled).sum() if scaled else None
+        return scaled(terms)
 
     order = lower(serial_order(len(microbatches))) if pipeline is None else pipeline.verified.lowered
     run_order(order, TrainingStages(model, batches, loss), parallel.pp, parallel.device, mark)
@@ -84,7 +98,7 @@ def evaluate(
     local = dict.fromkeys(objective.weights, 0)
     waiting = iter(batches)
     while some := list(islice(waiting, AT_ONCE * parallel.pp.size)):
-        tensors = [rows.tensors(parallel.device) for rows in some]
+        tensors = prepare_microbatches(model, objective, some, lambda _, terms: sums.add(terms), pipeline=pipeline)
 
         def add(number: int, hidden: torch.Tensor, batch: Microbatch, tensors: Any = tensors) -> None:
             sums.add(objective.loss(hidden, tensors[number], model.context(batch)))
@@ -129,7 +143,7 @@ class _Sums:
 
     def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
         with phase("sum losses"):
-            # Only ranks with the pipeline's last stage have added anything.
+            # Only ranks with the pipeline's last stage have added anything, and for what is prepared, the first.
             sums = parallel.pp.all_reduce(parallel.dp.all_reduce(self._sums)).tolist()
         means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums, strict=True)}
         return Losses(sum(self._weights[name] * mean for name, mean in means.items()), means)

@@ -8,7 +8,7 @@ go through the vocabulary head. A row is masked anew in every epoch (RoBERTa; Li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -67,10 +67,11 @@ class MaskedLM(Objective):
     Config = MaskedLMConfig
     cfg: MaskedLMConfig
     version = 2
+    name: ClassVar[str] = "mlm"
 
     def __init__(self, cfg: MaskedLMConfig, env: ObjectiveEnv) -> None:
         super().__init__(cfg, env)
-        self._windows = TextWindows("mlm", env)
+        self._windows = TextWindows(self.name, env)
         self._masking = TokenMasking(
             self._windows.mask,
             self._windows.ordinary,

@@ -46,6 +46,8 @@ NAMED = [
     Case("bert", Grid(3, 1), ("train.objective=sop+span_mlm", "train.precision=float32")),
     Case("bert", Grid(2, 2), ("train.objective=contrastive", "train.micro_batch=4", "train.cell=8")),
     Case("gpt2", Grid(2, 2, True), ("train.objective=denoise", ACCUMULATE)),
+    Case("bert", Grid(2, 2), ("train.objective=rtd", "objective.rtd.generator_width=0.5", ACCUMULATE)),
+    Case("bert", Grid(2, 1, True), ("train.objective=rtd+sop", "objective.rtd.generator_width=0.5", ACCUMULATE)),
     Case("gpt2", Grid(2, 1, True), ("train.recompute=full", "model.dropout=0", ACCUMULATE)),
     Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1", ACCUMULATE)),
     Case("llama", Grid(3, 1), ("train.recompute=full", "model.gated=true", "model.norm_placement=post")),

@@ -44,6 +44,12 @@ NAMED = [
     Case("bert", Grid(2, 1, True), run("zb-h1", "model.layers=3", ONE, "model.tie_embeddings=true"), 3),
     Case("bert", Grid(1, 2), run("interleaved", "parallel.pp_virtual=3", "model.layers=6", ONE), 2),
     Case("bert", Grid(2, 1, True), run("zb-v", "model.layers=4", "train.recompute=full", TWO), 2),
+    Case(
+        "bert",
+        Grid(2, 1, True),
+        run("zb-v", "train.objective=rtd", "objective.rtd.generator_width=0.5", "model.layers=4", TWO),
+        2,
+    ),
     Case("gpt2", Grid(2), run("gpipe", "parallel.pp_virtual=2", "model.layers=2", TWO), 1),
 ]
 

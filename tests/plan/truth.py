@@ -139,6 +139,8 @@ def _named_part(cls: type, name: str, patch: pytest.MonkeyPatch) -> None:
 def item_of(record: Record) -> str:
     """What an operation is for, by its labels."""
     found = record.phase.split(" > ")
+    if record.operation == "broadcast":
+        return "prepared tensors"
     if "sum counts" in found or "sum losses" in found:
         return "loss sums" if record.group == "pp" else "counts and loss sums"
     for label, item in AFTER.items():

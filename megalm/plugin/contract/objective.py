@@ -57,6 +57,33 @@ class HeadSpec:
 
 
 @dataclass(frozen=True)
+class AuxModel:
+    """A smaller model that stands beside the backbone on the pipeline's first stage, and has its embedding.
+
+    It is of the model's architecture and attention. The embedding's vectors are brought to its own width, go through
+    its layers, are brought back, and meet the embedding's matrix: a language model over the same vocabulary. Its
+    parameters are trained with the backbone's, and checkpoints call them ``auxiliary.NAME.``...
+    """
+
+    width: float = 0.25
+    """Share of the model's hidden size, heads and inner size that it has."""
+    layers: int | None = None
+    """None: as many as the model."""
+    heads: int | None = None
+    """None: the share that ``width`` says, at least one."""
+
+
+@dataclass(frozen=True)
+class Prepares:
+    """What :meth:`Objective.prepare` gives."""
+
+    tensors: tuple[str, ...] = ()
+    """Tensors of the batch that it replaces."""
+    terms: tuple[str, ...] = ()
+    """Terms of :meth:`Objective.weights` that it computes, and ``loss`` does not."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """What an objective asks of the backbone.
 
@@ -84,6 +111,10 @@ class Needs:
     modules: Mapping[str, ModuleBuilder] = field(default_factory=dict)
     """Modules of the objective's own, made by the engine; ``LossContext.module`` gives them, and checkpoints call their
     parameters ``plugins.NAME.``..."""
+    aux_models: Mapping[str, AuxModel] = field(default_factory=dict)
+    """Smaller models that :meth:`Objective.prepare` uses."""
+    prepares: Prepares = field(default_factory=Prepares)
+    """What :meth:`Objective.prepare` gives; where it says nothing, that is not called."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,15 @@ class Term:
 
     sum: torch.Tensor
     scope: Literal["token", "example"] = "token"
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """What :meth:`Objective.prepare` makes of a batch: all that :class:`Prepares` names, no more."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """Each of the shape and type that it has in the batch."""
+    terms: Mapping[str, Term] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,6 +228,13 @@ class LossContext(Protocol):
         """All hidden vectors: (batch, seq, hidden)."""
         ...
 
+    def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """The hidden vectors of the positions where ``where`` (batch, seq) is true: (n, hidden), in row-major order.
+
+        For losses of each position. Where rows are split over ranks, those of this rank's positions.
+        """
+        ...
+
     def gather(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The vectors of every row of the cell, for objectives whose coupling is ``cell``.
 
@@ -236,6 +283,34 @@ class LossContext(Protocol):
 
     def widen(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as float32, or float64 where the run is: what losses of a module's outputs are computed in."""
+        ...
+
+
+class PrepareContext(Protocol):
+    """What :meth:`Objective.prepare` reaches auxiliary models through; ``name`` is theirs in :attr:`Needs.aux_models`.
+
+    Everything it returns but hidden vectors is the same on every tensor-parallel rank.
+    """
+
+    def hidden(self, name: str) -> torch.Tensor:
+        """The model's hidden vectors for the batch's ``tokens``: an opaque tensor, for the functions below."""
+        ...
+
+    def lm_loss(
+        self, name: str, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As :meth:`LossContext.lm_loss`."""
+        ...
+
+    def sample(
+        self, name: str, hidden: torch.Tensor, where: torch.Tensor, *, temperature: float = 1.0, size: int | None = None
+    ) -> torch.Tensor:
+        """A token for each position where ``where`` (batch, seq) is true, drawn from softmax(logits / temperature): ids
+        (n,) int64, in row-major order, without gradients.
+
+        The draw is a function of (seed, step, row, position, name), whoever computes it. ``size``: only ids below it
+        are drawn, such as the tokenizer's where the model's vocabulary is padded.
+        """
         ...
 
 
@@ -310,9 +385,19 @@ class Objective(ABC):
     def counts(self, batch: Batch) -> dict[str, int]:
         """Items that each term scores in this batch, from data alone."""
 
+    def prepare(self, batch: Mapping[str, torch.Tensor], ctx: PrepareContext) -> PreparedBatch:
+        """Before the backbone sees a batch: replace some of its tensors by what auxiliary models make of it, and score
+        those models.
+
+        Called where :attr:`Needs.prepares` says something, on the ranks with the pipeline's first stage, with all
+        tensors of the batch. The other ranks get the tensors that it returns; no gradient flows through them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says in Needs.prepares what prepare() gives, but has none")
+
     @abstractmethod
     def loss(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext) -> dict[str, Term]:
-        """Sums of each term of :meth:`weights` over the batch; a term that scores nothing in it may be left out.
+        """Sums of each term of :meth:`weights` over the batch, but for those of :meth:`prepare`; a term that scores
+        nothing in it may be left out.
 
         ``batch`` holds the tensors whose spec says ``to="last"`` or ``"all"``.
         """

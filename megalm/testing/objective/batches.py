@@ -104,13 +104,15 @@ def pad(subject: ObjectiveSubject, batch: Mapping[str, np.ndarray], columns: int
     out = {}
     for name, spec in subject.objective.needs.tensors.items():
         widths = [(0, columns if dim == "seq" else 0) for dim in spec.dims]
-        out[name] = np.pad(batch[name], widths, constant_values=_filling(subject, name, spec))
+        out[name] = np.pad(batch[name], widths, constant_values=_filling(subject, name, spec, batch[name]))
     return out
 
 
-def _filling(subject: ObjectiveSubject, name: str, spec: TensorSpec) -> Any:
+def _filling(subject: ObjectiveSubject, name: str, spec: TensorSpec, array: np.ndarray) -> Any:
     if name == "tokens":
         return subject.prepared().tokenizer.special.pad or 0
+    if (array == IGNORE).any():  # labels of auxiliary models, which go to the first stage
+        return IGNORE
     if spec.dtype == "bool" or spec.to == "first" or spec.dtype.startswith("float"):
         return 0
     return IGNORE

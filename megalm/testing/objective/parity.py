@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from megalm.model.spec import tensor_parallel_problems
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import Record, SimulatedWorld, run_simulated
 from megalm.testing.check import CheckFailed
@@ -71,11 +72,14 @@ def layouts_for(subject: ObjectiveSubject, full: bool) -> list[RankLayout]:
     seed, length = subject.seed, subject.sequence_length
     schedules = loaded_schedules(subject.manager)
     if full:
-        return [*full_layouts(seed, length), *full_pipelines(seed, length, schedules)]
-    quick = [*quick_layouts(seed, length), *quick_pipelines(seed, length, schedules)]
-    if subject.sample is None:
-        return quick
-    return random.Random(f"{subject.name} {seed}").sample(quick, min(subject.sample, len(quick)))
+        found = [*full_layouts(seed, length), *full_pipelines(seed, length, schedules)]
+    else:
+        found = [*quick_layouts(seed, length), *quick_pipelines(seed, length, schedules)]
+    # An auxiliary model may have fewer heads than the model, so that fewer ranks can share them.
+    found = [layout for layout in found if not tensor_parallel_problems(subject.prepared().spec, layout.tp)]
+    if full or subject.sample is None:
+        return found
+    return random.Random(f"{subject.name} {seed}").sample(found, min(subject.sample, len(found)))
 
 
 @contextmanager

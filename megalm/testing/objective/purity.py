@@ -14,7 +14,7 @@ from megalm.nn.microbatch import make_microbatch
 from megalm.parallel.mesh import single_rank
 from megalm.testing.check import CheckFailed
 from megalm.testing.objective.subject import ObjectiveSubject
-from megalm.testing.objective.terms import serial_model
+from megalm.testing.objective.terms import prepared_tensors, serial_model
 from megalm.testing.parity import gradients_of
 from megalm.train.feed import Rows
 
@@ -74,9 +74,10 @@ def _unchanged(subject: ObjectiveSubject, what: str, before: dict[str, np.ndarra
 
 def _check_types(subject: ObjectiveSubject, rows: Rows) -> None:
     model = serial_model(subject)
-    tensors = rows.tensors(model.parallel.device)
+    tensors, prepared = prepared_tensors(subject, model, rows)
     batch = make_microbatch(tensors, model.parallel)
-    for name, term in subject.objective.loss(model(batch), tensors, model.context(batch)).items():
+    terms = subject.objective.loss(model(batch), tensors, model.context(batch))
+    for name, term in {**prepared, **terms}.items():
         if term.sum.dtype != torch.float64:
             raise CheckFailed(
                 f"objective {subject.name}: the term {name!r} is {str(term.sum.dtype).removeprefix('torch.')} in a "

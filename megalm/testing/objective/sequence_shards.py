@@ -20,7 +20,7 @@ from megalm.parallel.sim import run_simulated
 from megalm.plugin.contract.objective import IGNORE
 from megalm.testing.check import CheckFailed
 from megalm.testing.objective.subject import ObjectiveSubject
-from megalm.testing.objective.terms import serial_model
+from megalm.testing.objective.terms import prepared_tensors, serial_model
 from megalm.train.feed import Rows
 
 SHARES = (2, 3)
@@ -46,7 +46,7 @@ def scopes_hold(subject: ObjectiveSubject) -> str:
 
 def _loss_of(subject: ObjectiveSubject, rows: Rows, group: Group | None) -> Seen:
     model = serial_model(subject)
-    tensors = rows.tensors(model.parallel.device)
+    tensors, _ = prepared_tensors(subject, model, rows)
     batch = make_microbatch(tensors, model.parallel)
     with torch.no_grad():
         computed = model(batch)
@@ -93,6 +93,9 @@ class ShareContext:
             return self.inner.lm_loss(hidden, whole, self._whole(where, False))
         losses = self.inner.lm_loss(hidden, whole).view(self.rows, self.length)
         return self.share(losses, 1).reshape(-1)
+
+    def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return self.inner.select(hidden, self._whole(where, False))
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         shares = self.group.all_gather(mask.t().contiguous().to(torch.uint8)).bool()

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from megalm.model.auxiliary import ModelPrepareContext
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch, make_microbatch
+from megalm.ops.dropout import DropoutAddress, row_spans
 from megalm.parallel.mesh import single_rank
 from megalm.plugin.contract.objective import IGNORE, Term
 from megalm.testing.check import CheckFailed, NotApplicable
 from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.testing.parity import gradients_of, make_model
 from megalm.train.feed import Rows
+from megalm.train.preparation import prepare_microbatches
 from megalm.train.prepare import Prepared
 
 TOLERANCE = 1e-9
@@ -23,6 +26,15 @@ TOLERANCE = 1e-9
 def serial_model(subject: ObjectiveSubject, prepared: Prepared | None = None) -> LanguageModel:
     """The whole model of a run, by default :meth:`ObjectiveSubject.prepared`, on one rank, in float64."""
     return make_model(prepared or subject.prepared(), single_rank(subject.device), seed=subject.seed)
+
+
+def prepared_tensors(
+    subject: ObjectiveSubject, model: LanguageModel, rows: Rows
+) -> tuple[dict[str, torch.Tensor], dict[str, Term]]:
+    """The tensors of a batch as the backbone gets them, and the terms of their preparation."""
+    terms: dict[str, Term] = {}
+    (tensors,) = prepare_microbatches(model, subject.objective, [rows], lambda _, found: terms.update(found))
+    return tensors, terms
 
 
 def terms_are_scored(subject: ObjectiveSubject) -> str:
@@ -52,8 +64,8 @@ def terms_are_sums(subject: ObjectiveSubject) -> str:
     examples = subject.examples(8)
     together = {name: term.sum.item() for name, term in _terms(subject, model, subject.rows(examples)).items()}
     alone = dict.fromkeys(together, 0.0)
-    for example in examples:
-        for name, term in _terms(subject, model, subject.rows([example])).items():
+    for slot, example in enumerate(examples):
+        for name, term in _terms(subject, model, subject.rows([example], slot)).items():
             alone[name] = alone.get(name, 0.0) + term.sum.item()
     for name, value in alone.items():
         got = together.get(name, 0.0)
@@ -96,10 +108,10 @@ def _fits(kind: str, items: int, count: int) -> bool:
 
 
 def _terms(subject: ObjectiveSubject, model: LanguageModel, rows: Rows) -> dict[str, Term]:
-    tensors = rows.tensors(model.parallel.device)
-    batch = make_microbatch(tensors, model.parallel)
     with torch.no_grad():
-        return subject.objective.loss(model(batch), tensors, model.context(batch))
+        tensors, prepared = prepared_tensors(subject, model, rows)
+        batch = make_microbatch(tensors, model.parallel)
+        return {**prepared, **subject.objective.loss(model(batch), tensors, model.context(batch))}
 
 
 @dataclass
@@ -141,16 +153,65 @@ class Probe:
         return getattr(self.inner, name)
 
 
+class PrepareProbe:
+    """The same for a preparation, of which it sees the losses."""
+
+    def __init__(self, inner: ModelPrepareContext, length: int) -> None:
+        self.inner = inner
+        self.length = length
+        self.probes: dict[str, Probe] = {}
+        """By auxiliary model."""
+
+    def lm_loss(
+        self, name: str, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        probe = self.probes.setdefault(name, Probe(_Named(self.inner, name), self.length))
+        return probe.lm_loss(hidden, labels, where)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@dataclass
+class _Named:
+    """Losses of one auxiliary model."""
+
+    inner: ModelPrepareContext
+    name: str
+
+    def lm_loss(self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.lm_loss(self.name, hidden, labels, where)
+
+
 def _scored(subject: ObjectiveSubject, model: LanguageModel, rows: Rows) -> dict[str, dict[str, int]]:
     """For each term the positions and the rows whose losses, logits or hidden vectors decide its value."""
-    tensors = rows.tensors(model.parallel.device)
-    batch = make_microbatch(tensors, model.parallel)
     with torch.no_grad():
+        tensors, _ = prepared_tensors(subject, model, rows)
+        batch = make_microbatch(tensors, model.parallel)
         hidden = model(batch)
     hidden = hidden.detach().requires_grad_()
     probe = Probe(model.context(batch), batch.length)
     terms = subject.objective.loss(hidden, tensors, probe)
-    return {name: _items(term, probe, hidden, batch) for name, term in terms.items()}
+    found = {name: _items(term, probe, hidden, batch) for name, term in terms.items()}
+    return {**found, **_scored_before(subject, model, rows)}
+
+
+def _scored_before(subject: ObjectiveSubject, model: LanguageModel, rows: Rows) -> dict[str, dict[str, int]]:
+    """The same of the terms of the preparation."""
+    if not subject.objective.needs.prepares.terms:
+        return {}
+    tensors = rows.tensors(model.parallel.device)
+    batch = make_microbatch(tensors, model.parallel)
+    address = DropoutAddress(0, 0, row_spans(rows.slots, batch.length, 0, batch.rows * batch.length))
+    probe = PrepareProbe(model.prepare_context(batch, address), batch.length)
+    with torch.no_grad():
+        nothing = torch.zeros(batch.rows * batch.length, 1)
+    terms = subject.objective.prepare(tensors, probe).terms
+    seen = Probe(None, batch.length)
+    for each in probe.probes.values():
+        seen.losses += each.losses
+        seen.rows_of += each.rows_of
+    return {name: _items(term, seen, nothing.requires_grad_(), batch) for name, term in terms.items()}
 
 
 def _items(term: Term, probe: Probe, hidden: torch.Tensor, batch: Microbatch) -> dict[str, int]:
