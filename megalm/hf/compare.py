@@ -109,7 +109,7 @@ def _megalm(spec: ModelSpec, contents: Contents, tensors: Tensors, batch: Mappin
     """Everything that the contents give, in float32."""
     one, pooled = single_rank(), contents.pooler or contents.nsp
     heads = (HeadSpec("nsp", 2, pooled=True),) if pooled else ()
-    alone = replace(spec, lm_head=contents.lm_head, heads=heads, modules={}, recompute=False)
+    alone = replace(spec, lm_head=contents.lm_head, heads=heads, modules={}, auxiliary={}, recompute=False)
     model = LanguageModel(alone, one)
     materialise(model, one, None, torch.float32)
     given = dict(tensors)

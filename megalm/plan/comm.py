@@ -88,7 +88,7 @@ class Planner:
             self._layouts.append({name: declared[name] for name in moving})
             self._ways.append([(stage, ways(model.backbone, stage, post=post)) for stage in stages])
             for name, each in model.auxiliary.items():
-                within = Stage(0, range(spec.auxiliary[name].cfg.layers), first=True, last=True)
+                within = Stage(-1, range(spec.auxiliary[name].cfg.layers), first=False, last=False)
                 looked_up = Way("embedding", "out", spec.cfg.hidden_size)
                 self._auxiliary[name] = ways(each, within, post=post) + Counter({looked_up: 1})
 

@@ -36,6 +36,11 @@ class TestOrderAndSpans(ObjectiveSuite):
     device = "cuda"
 
 
+class TestReplacedTokens(ObjectiveSuite):
+    objective = "rtd"
+    device = "cuda"
+
+
 class TestDenoise(ObjectiveSuite):
     objective = "denoise"
     device = "cuda"

@@ -57,6 +57,14 @@ class TestDenoise(SampledSuite):
     objective = "denoise"
 
 
+class TestReplacedTokens(SampledSuite):
+    objective = "rtd"
+
+
+class TestReplacedTokensInPairs(SampledSuite):
+    objective = "rtd+sop"
+
+
 class TestContrastive(SampledSuite):
     objective = "contrastive"
 

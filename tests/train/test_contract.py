@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from megalm.errors import ObjectiveError
 from megalm.parallel.mesh import single_rank
-from megalm.plugin.contract.objective import Term
+from megalm.plugin.contract.objective import PreparedBatch, Prepares, Term
 from megalm.testing.parity import loss_and_gradients
 from megalm.train.prepare import Prepared
 
@@ -65,6 +66,68 @@ def test_loss(fault: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> 
     correct = cls.loss
     monkeypatch.setattr(cls, "loss", lambda self, *arguments: change(correct(self, *arguments)))
     with pytest.raises(ObjectiveError, match=message):
+        step(prepared)
+
+
+PREPARE: dict[str, tuple[Callable[[PreparedBatch], PreparedBatch], str]] = {
+    "an undeclared tensor": (lambda p: _with(p, labels=p.tensors["tokens"]), r"tensors \[labels, replaced, tokens\]"),
+    "a missing tensor": (lambda p: PreparedBatch({"tokens": p.tensors["tokens"]}, p.terms), r"the tensors \[tokens\]"),
+    "an undeclared term": (
+        lambda p: PreparedBatch(p.tensors, {**p.terms, "rtd": p.terms["rtd_generator"]}),
+        r"the terms \[rtd, rtd_generator\]",
+    ),
+    "a missing term": (lambda p: PreparedBatch(p.tensors), "prepare.. gives no such term"),
+    "another type": (lambda p: _with(p, tokens=p.tensors["tokens"].int()), "'tokens' torch.int32"),
+    "another shape": (lambda p: _with(p, replaced=p.tensors["replaced"][:, :-1]), r"'replaced' torch.int64\[8, 15\]"),
+    "not a sum": (
+        lambda p: PreparedBatch(p.tensors, {"rtd_generator": Term(p.terms["rtd_generator"].sum[None])}),
+        r"has shape \[1\]",
+    ),
+}
+
+
+def _with(prepared: PreparedBatch, **tensors: torch.Tensor) -> PreparedBatch:
+    return PreparedBatch({**prepared.tensors, **tensors}, prepared.terms)
+
+
+@pytest.mark.parametrize("fault", PREPARE)
+def test_prepare(fault: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare("rtd", "objective.rtd.generator_width=0.5")
+    change, message = PREPARE[fault]
+    cls = part_of(prepared)
+    correct = cls.prepare
+    monkeypatch.setattr(cls, "prepare", lambda self, *arguments: change(correct(self, *arguments)))
+    with pytest.raises(ObjectiveError, match=message):
+        step(prepared)
+
+
+NEEDS: dict[str, tuple[Prepares, str]] = {
+    "a tensor that is none": (Prepares(("tokens", "more"), ("rtd_generator",)), "'more' that needs"),
+    "a term that is none": (Prepares(("tokens",), ("more",)), "'more' that weights"),
+}
+
+
+@pytest.mark.parametrize("fault", NEEDS)
+def test_what_is_prepared_is_declared(fault: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = part_of(prepare("rtd", "objective.rtd.generator_width=0.5"))
+    said, message = NEEDS[fault]
+    correct = cls.needs
+    monkeypatch.setattr(cls, "needs", lambda self: replace(correct(self), prepares=said))
+    with pytest.raises(ObjectiveError, match=message):
+        prepare("rtd", "objective.rtd.generator_width=0.5")
+
+
+def test_loss_leaves_what_is_prepared(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare("rtd", "objective.rtd.generator_width=0.5")
+    cls = part_of(prepared)
+    correct = cls.loss
+
+    def loss(self: Any, *arguments: Any) -> dict[str, Term]:
+        terms = correct(self, *arguments)
+        return {**terms, "rtd_generator": terms["rtd"]}
+
+    monkeypatch.setattr(cls, "loss", loss)
+    with pytest.raises(ObjectiveError, match=r"'rtd_generator', which needs\(\) says that prepare"):
         step(prepared)
 
 
