@@ -7,7 +7,7 @@ computes the same; where there is none, the export is refused by the keys that d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ def export_hf(
     origin = Origin.of(stored.manifest.state)
     untouched = origin is not None and stored.manifest.step == 0
     weights = {name: torch.from_numpy(values) for name, values in logical_weights(stored.folder, stored.manifest)}
+    for name in _for_training_alone(stored, weights, tell):
+        del weights[name]
     if origin is not None and untouched:
         contents = Contents(origin.lm_head, origin.pooler, origin.nsp)
         for name in origin.seeded:
@@ -108,6 +110,17 @@ def _check_plain(stored: Stored) -> None:
         raise CheckpointError(f"{stored.folder}: has low-rank products beside its weights; megalm merge adds them")
     if method == "adapter":
         raise CheckpointError(f"{stored.folder}: has adapters, for which the Hugging Face model has no place")
+
+
+def _for_training_alone(stored: Stored, weights: Iterable[str], tell: Tell) -> list[str]:
+    """Tensors that an objective trained with and nothing else needs: its modules, and its auxiliary models. (A head's
+    module is what the model is for, so that it is not among them.)"""
+    groups = ("auxiliary.",) if stored.resolved.config.train.head else ("auxiliary.", "plugins.")
+    found = [name for name in weights if name.startswith(groups)]
+    if found:
+        parts = sorted({".".join(name.split(".")[:2]) for name in found})
+        tell(f"left out, as they serve training alone: {', '.join(parts)}")
+    return found
 
 
 def _is_exported(folder: Path) -> bool:

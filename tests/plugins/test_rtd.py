@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.errors import ConfigError
+from megalm.hf.exporting import export_hf
 from megalm.model.hf.names import Entry, tensor_map
 from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.model.spec import ModelSpec, layout_problems
@@ -30,6 +31,8 @@ from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.preparation import prepare_microbatches
 from megalm.train.prepare import Prepared
 from megalm.train.step import Losses, evaluate, forward_backward
+from megalm.train.stored import find_checkpoint, open_stored
+from megalm.train.trainer import Trainer
 
 GENERATOR = "auxiliary.generator."
 SEED, STEP = 5, 3
@@ -298,6 +301,18 @@ def test_ids_that_the_tokenizer_lacks_are_not_drawn(prepare: Make) -> None:
     model, rows = make_model(prepared, single_rank(), seed=2), rows_of(prepared, tuple(range(8)))
     (tensors,) = prepare_microbatches(model, prepared.objective, [rows], lambda *_: None, step=0)
     assert tensors["tokens"].max() < size
+
+
+def test_an_export_leaves_the_generator_out(prepare: Make, tmp_path: Path, manager: PluginManager) -> None:
+    """What is written is verified against transformers' BERT."""
+    pytest.importorskip("transformers")
+    prepared = prepare("train.steps=1", "train.precision='float32'")
+    Trainer(prepared, single_rank()).run()
+    folder, _ = find_checkpoint(prepared.run_dir)
+    said: list[str] = []
+    exported = export_hf(open_stored(folder, manager), tmp_path / "out", tell=said.append)
+    assert exported.agreements
+    assert said == ["left out, as they serve training alone: auxiliary.generator, plugins.rtd"]
 
 
 @pytest.mark.parametrize(
