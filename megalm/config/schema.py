@@ -198,6 +198,9 @@ class RecordsConfig(Settings):
     """Where a field of the head is that files call otherwise: ``{text = "sentence"}``, or by number from 1."""
     header: bool | None = None
     """Of tables: whether the first row names the columns; default: unless columns are given by number."""
+    length_window: int = Field(default=50, ge=1)
+    """Steps whose records are sorted by length, so that a step's are of like length and little is padded; 1: the steps
+    of the shuffled order."""
     tokenizer: Folder | None = None
     """As ``megalm data prepare --tokenizer`` takes it; default: that of the checkpoint to start from."""
 

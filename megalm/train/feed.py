@@ -10,10 +10,11 @@ keeps anything, so neither their number nor who builds what changes a row.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -102,7 +103,24 @@ class _Samples:
             return self._found[block]
 
 
-def _collate(objective: TrainingObjective, samples: _Samples | StreamedSamples, places: np.ndarray) -> Batch:
+class Batches(ABC):
+    """Samples that are batched in a way of their own."""
+
+    @abstractmethod
+    def batch(self, places: np.ndarray) -> Batch:
+        """The rows at places of one step; from any thread."""
+
+    @abstractmethod
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first so many steps, with padding, of samples that give one row."""
+
+
+_Places: TypeAlias = "_Samples | StreamedSamples | Batches"
+
+
+def _collate(objective: TrainingObjective, samples: _Places, places: np.ndarray) -> Batch:
+    if isinstance(samples, Batches):
+        return samples.batch(places)
     return objective.batch(list(samples.at(places)))
 
 
@@ -112,7 +130,7 @@ class TrainFeed:
     def __init__(
         self,
         objective: TrainingObjective,
-        corpus: Corpus | Blend | StreamedSamples,
+        corpus: Corpus | Blend | StreamedSamples | Batches,
         *,
         seed: int,
         global_batch: int,
@@ -127,8 +145,9 @@ class TrainFeed:
         self._microbatches = global_batch // (micro_batch * dp_size)
         self._global_batch = global_batch
         self._stream = corpus if isinstance(corpus, StreamedSamples) else None
-        samples: _Samples | StreamedSamples
-        if isinstance(corpus, StreamedSamples):
+        self._batches = corpus if isinstance(corpus, Batches) else None
+        samples: _Places
+        if isinstance(corpus, (StreamedSamples, Batches)):
             samples = corpus
         else:
             samples = _Samples(objective, corpus, seed, "train", shuffle=True)
@@ -148,6 +167,10 @@ class TrainFeed:
         first = step * self._microbatches
         return [self._loader.take(number) for number in range(first, first + self._microbatches)]
 
+    def tokens(self, steps: int) -> int | None:
+        """Tokens of the first so many steps, with padding; none where all rows are of the sequence length."""
+        return self._batches.tokens(steps) if self._batches is not None else None
+
     def close(self) -> None:
         """End the threads."""
         self._loader.close()
@@ -166,7 +189,7 @@ class TrainFeed:
 
 def _builder(
     objective: TrainingObjective,
-    samples: _Samples | StreamedSamples,
+    samples: _Places,
     microbatches: int,
     global_batch: int,
     micro_batch: int,

@@ -1,12 +1,13 @@
 """A head as an objective, so that the step, evaluation, checkpoints and proofs need no branch for it.
 
-The corpus of such an objective is a sequence of records: a sample's number is its place. Rows are padded to the run's
-sequence length.
+The corpus of such an objective is a sequence of records: a sample's number is its place. Rows are padded to the longest
+of them, as far as the layout allows that, or to the run's sequence length.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,19 +30,24 @@ from megalm.train.objective import TrainingObjective
 from megalm.train.stages import forward_only
 from megalm.train.step import AT_ONCE
 
+ROW_UNIT = 8
+"""Tokens: kernels like rows of such lengths."""
+
 
 class HeadObjective(Objective):
     """The objective of a head called ``name`` over records. Without ``labelled``, records may lack what is to be
-    predicted, and score nothing then.
+    predicted, and score nothing then. Rows are padded to the sequence length, or, with ``unit``, to the least multiple
+    of it that holds them all.
     """
 
-    def __init__(self, name: str, head: Head, *, labelled: bool = True) -> None:
+    def __init__(self, name: str, head: Head, *, labelled: bool = True, unit: int | None = None) -> None:
         super().__init__(head.cfg, ObjectiveEnv(head.env.tokenizer, head.env.sequence_length))
         self.head = head
         self.module_name = re.sub(r"\W", "_", name.rpartition(":")[2])
         self.version = head.version  # type: ignore[misc]  # an objective's is its class's; this one speaks for a head
         self._name = name
         self._labelled = labelled
+        self._unit = unit
 
     def needs(self) -> Needs:
         needs = self.head.needs()
@@ -82,7 +88,20 @@ class HeadObjective(Objective):
         return example
 
     def collate(self, examples: list[Example]) -> Batch:
-        return self.head.collate(examples, self.env.sequence_length)
+        return self.collate_to(examples, self.rounded(max(self.length(example) for example in examples)))
+
+    def collate_to(self, examples: list[Example], length: int) -> Batch:
+        """The same in rows of ``length`` tokens, which is enough."""
+        return self.head.collate(examples, length)
+
+    def length(self, example: Example) -> int:
+        """Tokens of the longest row that an example gives."""
+        return self.head.length(example)
+
+    def rounded(self, length: int) -> int:
+        """How long rows of up to ``length`` tokens are made."""
+        whole = self.env.sequence_length
+        return whole if self._unit is None else min(-(-length // self._unit) * self._unit, whole)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return self.head.counts(batch)
@@ -136,10 +155,17 @@ def in_parts(name: str, head: Head, records: Sequence[Record]) -> tuple[Sequence
     return rows, counts
 
 
-def head_objective(name: str, head: Head, *, labelled: bool = True) -> TrainingObjective:
-    """What the engine trains for a head."""
+def row_unit(tp: int, sp: bool) -> int:
+    """What the lengths of rows are multiples of. Where the sequence is divided it divides evenly; else it is the same
+    for every layout, so that all pad alike.
+    """
+    return math.lcm(ROW_UNIT, tp) if sp else ROW_UNIT
+
+
+def head_objective(name: str, head: Head, *, labelled: bool = True, unit: int | None = None) -> TrainingObjective:
+    """What the engine trains for a head; ``unit`` as HeadObjective has it."""
     vocab_size = head.env.tokenizer.vocab_size
-    return TrainingObjective({name: HeadObjective(name, head, labelled=labelled)}, vocab_size)
+    return TrainingObjective({name: HeadObjective(name, head, labelled=labelled, unit=unit)}, vocab_size)
 
 
 @torch.no_grad()
@@ -158,7 +184,8 @@ def predict(
     prediction. ``pipeline``: the one that the model's stages were cut for; default: one stage. DataError lists records
     that cannot be used.
     """
-    parallel, objective = model.parallel, head_objective(name, head, labelled=False)
+    parallel = model.parallel
+    objective = head_objective(name, head, labelled=False, unit=row_unit(parallel.tp.size, parallel.sp))
     part = cast("HeadObjective", objective.parts[name])
     part.check_corpus(as_corpus(records))
     rows, counts = in_parts(name, head, records)

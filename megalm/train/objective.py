@@ -122,21 +122,22 @@ class TrainingObjective:
             if batch is None:
                 return None
             if len(places) == 1:
-                return self._checked(batch)
+                return self.checked(batch)
             for name, array in batch.items():
                 rows = (-1, len(array) // len(here), *array.shape[1:])  # an example may give several
                 into = joined.setdefault(name, np.empty((len(samples) * rows[1], *rows[2:]), array.dtype))
                 into.reshape(rows)[here] = array.reshape(rows)
-        return self._checked(joined)
+        return self.checked(joined)
 
     def collate(self, examples: list[Example]) -> Batch:
         """Stack rows into the declared tensors; ObjectiveError where they are not as declared."""
         batch: dict[str, np.ndarray] = {}
         for part in self.parts.values():
             batch.update(part.collate(examples))
-        return self._checked(batch)
+        return self.checked(batch)
 
-    def _checked(self, batch: Batch) -> Batch:
+    def checked(self, batch: Batch) -> Batch:
+        """The batch; ObjectiveError where its tensors are not as declared."""
         if set(batch) != set(self.needs.tensors):
             raise ObjectiveError(
                 f"objective {self.name}: collate gives {', '.join(sorted(batch))}, "

@@ -62,7 +62,6 @@ def write_outcome(prepared: Prepared, step: int, facts: dict[str, Any], sample: 
     summary: dict[str, Any] = {
         "steps": step,
         "samples": step * config.train.global_batch,
-        "tokens": step * config.train.global_batch * config.train.sequence_length,
         "train_loss": train_loss,
         "eval_loss": evaluated.get("loss"),
         "eval_terms": evaluated.get("terms", {}),

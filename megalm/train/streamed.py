@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,11 +30,14 @@ from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.train.objective import TrainingObjective
 
 if TYPE_CHECKING:
+    from megalm.train.grouped import GroupedSamples
     from megalm.train.prepare import Prepared
 
 
-def train_samples(prepared: Prepared, parallel: ParallelContext) -> Corpus | Blend | StreamedSamples:
+def train_samples(prepared: Prepared, parallel: ParallelContext) -> Corpus | Blend | StreamedSamples | GroupedSamples:
     """What a :class:`megalm.train.feed.TrainFeed` of a run takes."""
+    if prepared.task is not None:
+        return prepared.task.samples(prepared.objective, cast("Corpus", prepared.train), prepared.resolved.config)
     if not isinstance(prepared.train, Stream):
         return prepared.train
     seed = prepared.resolved.config.run.seed

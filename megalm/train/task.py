@@ -30,7 +30,8 @@ from megalm.plugin.contract.objective import Attention, Corpus
 from megalm.plugin.contract.records import FieldSpec
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
-from megalm.train.head import as_corpus, head_objective, in_parts, predict
+from megalm.train.grouped import GroupedSamples
+from megalm.train.head import as_corpus, head_objective, in_parts, predict, row_unit
 from megalm.train.objective import TrainingObjective
 from megalm.train.stored import model_configuration, nearby_tokenizer, objective_and_spec
 
@@ -50,11 +51,19 @@ class Task:
     tokenizer: Tokenizer
     train: Records
     validation: Records
+    unit: int
+    """Of the lengths of rows, as :func:`megalm.train.head.row_unit` gives it."""
 
     @property
     def objective(self) -> TrainingObjective:
         """What the engine trains."""
-        return head_objective(self.name, self.head)
+        return head_objective(self.name, self.head, unit=self.unit)
+
+    def samples(self, objective: TrainingObjective, records: Corpus, config: Config) -> GroupedSamples:
+        """What a feed of the run takes."""
+        assert config.data.records is not None
+        window, batch = config.data.records.length_window, config.train.global_batch
+        return GroupedSamples(objective, records, seed=config.run.seed, global_batch=batch, window=window)
 
     @property
     def train_corpus(self) -> Corpus:
@@ -129,7 +138,9 @@ def open_task(resolved: Resolved, manager: PluginManager) -> Task:
     fields = cls(settings, env).fields()
     train, validation = _records(wanted, fields)
     env = HeadEnv(tokenizer, env.sequence_length, label_names(train, fields), env.attention)
-    return Task(resolved.components["head", name].name, cls(settings, env), component, tokenizer, train, validation)
+    unit = row_unit(config.parallel.tp, config.parallel.sp)
+    title = resolved.components["head", name].name
+    return Task(title, cls(settings, env), component, tokenizer, train, validation, unit)
 
 
 def check_no_task(config: Config) -> None:

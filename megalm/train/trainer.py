@@ -91,7 +91,6 @@ class Trainer:
         self.warnings: list[str] = []
         self.inherited: dict[str, Any] = {}
         """What a checkpoint remembers of where its model came from, and hands on."""
-        self.tokens_per_step = self.config.train.global_batch * self.config.train.sequence_length
 
     def run(self) -> None:
         """Train from where the run stands to its last step, evaluate, and leave summary and report.
@@ -163,14 +162,13 @@ class Trainer:
     def _train(self, info: RunInfo, done: int) -> str | None:
         """Take the steps that are left; why the run stopped before the last one, if it did."""
         train = self.config.train
-        started, tokens = time.perf_counter(), 0
+        started = time.perf_counter()
         step = done
         self.recorder.start(done, train.steps)
         self._evaluate_again(info, done)
         reason = self.best.stop
         while step < train.steps and reason is None:
             step += 1
-            tokens += self.tokens_per_step
             with phase(f"step {step}"):
                 reason = self._whole_step(info, step)
         with phase("save checkpoint"):
@@ -180,7 +178,7 @@ class Trainer:
             if step < train.steps and reason != self.best.stop:
                 self.console.finish()
                 return reason
-        self._finish(step, time.perf_counter() - started, tokens)
+        self._finish(step, time.perf_counter() - started, self._tokens(step) - self._tokens(done))
         return None
 
     def _whole_step(self, info: RunInfo, step: int) -> str | None:
@@ -196,8 +194,8 @@ class Trainer:
             "terms": losses.terms,
             "grad_norm": norm,
             "lr": rate,
-            "tokens": step * self.tokens_per_step,
-            "tokens_per_second": self.tokens_per_step / seconds,
+            "tokens": self._tokens(step),
+            "tokens_per_second": (self._tokens(step) - self._tokens(step - 1)) / seconds,
         }
         self._record(info, step, record)
         with phase("save checkpoint"):
@@ -214,6 +212,12 @@ class Trainer:
         if last or reason or best or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
             self._save(info, step)
         return reason
+
+    def _tokens(self, steps: int) -> int:
+        """Tokens of the run's first so many steps, padding included."""
+        found = self.feed.tokens(steps)
+        train = self.config.train
+        return steps * train.global_batch * train.sequence_length if found is None else found
 
     def train_step(self, info: RunInfo, step: int) -> tuple[Losses, float, float]:
         """Forward, backward, sums, clipping and update of one step; the first step is 0."""
@@ -321,7 +325,7 @@ class Trainer:
             **identity(self.prepared),
             **own_identity(self.prepared),
             "samples": step * self.config.train.global_batch,
-            "tokens": step * self.tokens_per_step,
+            "tokens": self._tokens(step),
             "stream": self.feed.state(step),
             **self._place(),
             **self.inherited,
@@ -389,6 +393,7 @@ class Trainer:
             facts = {
                 **self._place(),
                 "seconds": seconds,
+                "tokens": self._tokens(step),
                 "tokens_per_second": tokens / seconds if tokens else None,
                 "warnings": self.warnings,
                 **self.best.facts(),

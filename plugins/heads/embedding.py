@@ -125,6 +125,9 @@ class Embedding(PooledHead):
             rows += [example, {**example, **pair}]
         return super().collate(rows, length)
 
+    def length(self, example: Example) -> int:
+        return max(len(each) for name, each in example.items() if name in ("tokens", "pair_tokens"))
+
     def counts(self, batch: Batch) -> dict[str, int]:
         return {self.kind: int(batch["scored"][::_VIEWS].sum())}
 

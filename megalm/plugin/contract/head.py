@@ -128,6 +128,11 @@ class Head(ABC):
             batch[name] = whole
         return batch
 
+    def length(self, example: Example) -> int:
+        """Tokens of the longest row that an example gives: :meth:`collate` is called with no less. Override it where
+        that gives more rows than ``tokens``."""
+        return len(example["tokens"])
+
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
         """Items that each term scores in this batch, from data alone."""
