@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from megalm.api import begins_word
+from megalm.api import Tokenizer, begins_word
 from megalm.data.sentences import split_sentences
 from megalm.errors import TokenizerError
 from megalm_plugins.tokenizers import MEGALM_API, megalm_tokenizers
@@ -390,3 +390,16 @@ def test_characters_of_chinese_are_words(bpe):
             assert bpe.word_starts()[ids].tolist() == starts
     assert all(begins_word(text) for text in ("再", "か", " k", ",", ""))
     assert not any(begins_word(text) for text in ("k", "é", "3", "\u0301"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "engines"),
+    [
+        (ByteTokenizer, set()),
+        (HFTokenizer, {"tokenizers", "gigatoken"}),
+        (SentencePieceTokenizer, {"sentencepiece"}),
+    ],
+)
+def test_libraries_that_compute_ids_are_named(cls: type[Tokenizer], engines: set[str]) -> None:
+    """Else pieces of an unfinished preparation would be joined with what another version of them makes."""
+    assert set(cls.libraries) == engines
