@@ -279,6 +279,23 @@ def test_steps_and_evaluations_draw_apart(prepare: Make) -> None:
     assert len({tuple(drawn(step)) for step in (0, 1, 2, None)}) == 4
 
 
+def test_dropout_has_sites_of_its_own(prepare: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One site drawn twice would drop the same values in both models."""
+    prepared = prepare("model.dropout=0.1", "model.attention_dropout=0.1")
+    model, sites = make_model(prepared, single_rank(), seed=2), list[str]()
+    correct = rng.key
+
+    def key(*address: int | str) -> tuple[int, int]:
+        if address[1] in ("dropout", "sample"):
+            sites.append(str(address[-1]))
+        return correct(*address)
+
+    monkeypatch.setattr(rng, "key", key)
+    forward_backward(model, prepared.objective, [rows_of(prepared, (0, 1))], seed=0, step=0)
+    assert len(sites) == len(set(sites)) > 12
+    assert any(site.startswith("auxiliary.generator.layers.1.attention") for site in sites)
+
+
 def test_rows_of_pairs(prepare: Make) -> None:
     """Padding is neither scored nor replaced; cls and sep are scored."""
     prepared = prepare("train.sequence_length=40", objective="rtd+sop")
