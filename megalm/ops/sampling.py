@@ -63,8 +63,10 @@ class TokenDraw:
         step = max(1, CHUNK_BYTES // (8 * max(1, len(weight_VH))))
         for begin in range(0, len(h_NH) if len(weight_VH) else 0, step):
             part = slice(begin, begin + step)
-            sums = F.linear(h_NH[part], weight_VH, bias_V).double() / self.temperature
-            sums += self._noise(counters[part], vocab_size, first_row, len(weight_VH), h_NH.device)
+            sums = F.linear(h_NH[part], weight_VH, bias_V).to(torch.float64)
+            if self.temperature != 1.0:
+                sums /= self.temperature
+            sums -= self._noise(counters[part], vocab_size, first_row, len(weight_VH), h_NH.device)
             if self.size is not None:
                 sums[:, max(0, self.size - first_row) :] = -torch.inf
             found = sums.argmax(dim=1, keepdim=True)
@@ -86,7 +88,7 @@ class TokenDraw:
     def _noise(
         self, counters: np.ndarray, vocab_size: int, first: int, count: int, device: torch.device
     ) -> torch.Tensor:
-        """Gumbel values of the tokens [first, first + count) of the vocabulary: float64 (n, count)."""
+        """Gumbel values, their signs changed, of the tokens [first, first + count): float64 (n, count)."""
         per_token = -(-vocab_size // DRAWS_PER_BLOCK)
         low = first // DRAWS_PER_BLOCK
         blocks = -(-(first + count) // DRAWS_PER_BLOCK) - low
@@ -94,15 +96,15 @@ class TokenDraw:
         draws = _numpy_draws if device.type == "cpu" else _torch_draws
         drawn = draws(key, counters, self.address.step, per_token, low, blocks, device)
         begin = first - low * DRAWS_PER_BLOCK
-        uniform = (drawn[:, begin : begin + count].double() + 0.5) * 2.0**-32
-        return uniform.log_().neg_().log_().neg_()
+        # In place: passes over this, not the draws, are what it costs.
+        return drawn[:, begin : begin + count].add_(0.5).mul_(2.0**-32).log_().neg_().log_()
 
 
 def _numpy_draws(
     key: tuple[int, int], counters: np.ndarray, step: int, per_token: int, low: int, blocks: int, device: torch.device
 ) -> torch.Tensor:
-    """The 32-bit draws of ``blocks`` blocks of each position, from its block ``low`` on: int64 (n, 8 * blocks)."""
-    out = np.empty((len(counters), blocks * DRAWS_PER_BLOCK), dtype=np.int64)
+    """The 32-bit draws of ``blocks`` blocks of each position, from its block ``low`` on: float64 (n, 8 * blocks)."""
+    out = np.empty((len(counters), blocks * DRAWS_PER_BLOCK))
     for row, (slot, view, position) in enumerate(counters.tolist()):
         drawn = rng.blocks(key, position * per_token + low, blocks, (slot, view, step))
         out[row] = drawn.astype("<u8", copy=False).view("<u4").reshape(-1)
@@ -121,4 +123,4 @@ def _torch_draws(
     words[..., 3] = step
     raw = philox_4x64(words.reshape(-1, 4), key)
     halves = torch.stack((raw & 0xFFFFFFFF, (raw >> 32) & 0xFFFFFFFF), dim=-1)
-    return halves.reshape(len(counters), blocks * DRAWS_PER_BLOCK)
+    return halves.reshape(len(counters), blocks * DRAWS_PER_BLOCK).double()
