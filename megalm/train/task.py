@@ -174,7 +174,8 @@ def _tokenizer(
 
 
 def _records(wanted: RecordsConfig, fields: Mapping[str, FieldSpec]) -> tuple[Records, Records]:
-    """(train, validation)."""
+    """(train, validation), the second in an order that is drawn once for all runs: an evaluation takes the first of
+    them, and many files have one label after another."""
 
     def read(paths: list[str], only: dict[str, str]) -> Records:
         how: dict[str, Any] = {"format": wanted.format, "columns": wanted.columns, "header": wanted.header}
@@ -182,14 +183,22 @@ def _records(wanted: RecordsConfig, fields: Mapping[str, FieldSpec]) -> tuple[Re
 
     train = read(wanted.train, wanted.only)
     if wanted.validation or wanted.validation_only:
-        return train, read(wanted.validation or wanted.train, wanted.validation_only)
+        validation = read(wanted.validation or wanted.train, wanted.validation_only)
+        return train, _chosen(validation, _drawn("evaluated records", validation))
     held = round(len(train) * wanted.validation_share)
     if not 0 < held < len(train):
         raise DataError(
             f"data.records.validation_share = {wanted.validation_share} of {len(train)} records leaves nothing to "
             "train or to evaluate on; name files in data.records.validation"
         )
-    order = rng.generator("held-out records", len(train)).permutation(len(train))
-    parts = (sorted(order[held:].tolist()), sorted(order[:held].tolist()))
-    first, second = (Records([train.rows[i] for i in p], [train.places[i] for i in p]) for p in parts)
-    return first, second
+    order = _drawn("held-out records", train)
+    return _chosen(train, sorted(order[held:])), _chosen(train, order[:held])
+
+
+def _drawn(site: str, records: Records) -> list[int]:
+    order: list[int] = rng.generator(site, len(records)).permutation(len(records)).tolist()
+    return order
+
+
+def _chosen(records: Records, order: list[int]) -> Records:
+    return Records([records.rows[i] for i in order], [records.places[i] for i in order])

@@ -97,6 +97,20 @@ def test_a_head_is_trained_measured_and_used(tune: Tune, manager: PluginManager)
     assert head.metrics(found, records.rows)["accuracy"] == pytest.approx(accuracy[best])
 
 
+def test_some_records_of_a_sorted_file_have_all_labels(tune: Tune, tmp_path: Path) -> None:
+    header, *rows = (tmp_path / "train.tsv").read_text().splitlines(keepends=True)
+    rows.sort(key=lambda row: row.split("\t")[1])
+    (tmp_path / "sorted.tsv").write_text(header + "".join(rows))
+    overrides = (f'data.records.validation=["{tmp_path}/sorted.tsv"]', "eval.samples=40")
+    tasks = [tune(*overrides).task for _ in range(2)]
+    assert tasks[0] is not None
+    assert tasks[1] is not None
+    assert tasks[0].validation.rows == tasks[1].validation.rows
+    assert len(set(tasks[0].validation.places)) == 200
+    share = sum(row["label"] == "more" for row in tasks[0].validation.rows[:40]) / 40
+    assert share == pytest.approx(sum("more" in row for row in rows) / 200, abs=0.2)
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {"pp": 2}, {"dp": 2}], ids=str)
 def test_layouts_measure_the_same(tune: Tune, tmp_path: Path, layout: dict[str, Any]) -> None:
     more = ["train.steps=4", "eval.every=2", "finetune.method=lora", "finetune.lora_targets=['q','v','up']"]
