@@ -86,14 +86,15 @@ def schedules() -> tuple[str, ...]:
 def trained() -> tuple[str, ...]:
     """Every first-party objective and head, and two joint objectives. Those that couple rows are not among them: they
     allow few layouts, and their suites choose those."""
-    single = [name for name in sorted(plugins().registry("objectives")) if _coupling(name) != "cell"]
-    heads = sorted(plugins().registry("heads"))
-    return (*single, "mlm+nsp", "sop+span_mlm", *(f"head {name}" for name in heads))
+    single = sorted(plugins().registry("objectives"))
+    heads = [f"head {name}" for name in sorted(plugins().registry("heads"))]
+    return tuple(name for name in (*single, "mlm+nsp", "sop+span_mlm", *heads) if not _coupled(name))
 
 
-def _coupling(name: str) -> str:
-    with ObjectiveSubject(name, manager=plugins()) as subject:
-        return subject.objective.needs.coupling
+def _coupled(name: str) -> bool:
+    kind, _, word = name.rpartition(" ")
+    with KINDS[kind](word, manager=plugins()) as subject:
+        return subject.coupled
 
 
 @contextmanager
