@@ -163,8 +163,10 @@ class TensorFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # What failed may have left a view of the mapping behind in its traceback, and is what the caller has to hear.
+        with contextlib.suppress(*(() if kind is None else (BufferError,))):
+            self._stack.close()
 
     def _header(self, size: int) -> dict[str, Entry]:
         (length,) = struct.unpack("<Q", self._map[:8])

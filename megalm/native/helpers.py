@@ -11,6 +11,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -21,11 +22,18 @@ from megalm.native.targets import Target, helpers_name, helpers_target
 from megalm.native.toolchain import Toolchain
 
 MODULE = "_megalm_helpers"
+_LOADING = threading.Lock()
+
+
+def helpers() -> ModuleType | str:
+    """The module, or why there is none. UsageError under MEGALM_NATIVE=require."""
+    # Threads that come together: one of them would find the module before its functions are in it.
+    with _LOADING:
+        return _helpers()
 
 
 @functools.cache
-def helpers() -> ModuleType | str:
-    """The module, or why there is none. UsageError under MEGALM_NATIVE=require."""
+def _helpers() -> ModuleType | str:
     wanted = os.environ.get("MEGALM_NATIVE", "auto")
     if wanted == "off":
         return "MEGALM_NATIVE=off"

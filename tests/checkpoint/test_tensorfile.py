@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megalm.checkpoint import tensorfile
 from megalm.checkpoint.hashing import HASHES, hash_file, hash_files
 from megalm.checkpoint.tensorfile import TensorFile, write_tensors
 from megalm.errors import CheckpointError
@@ -84,3 +86,15 @@ def test_no_safetensors_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(CheckpointError, match=str(tmp_path / "a")):
         TensorFile(tmp_path / "a")
+
+
+def test_what_fails_while_rows_are_copied_is_what_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of the mapping in its traceback once hid it behind an error of closing the file."""
+    save_file({"a": torch.ones(8, 100)}, tmp_path / "a")
+
+    def fail(to: np.ndarray, values: np.ndarray) -> None:
+        raise ValueError(f"{values.shape}")
+
+    monkeypatch.setattr(tensorfile, "_copy", fail)
+    with pytest.raises(ValueError, match="50"), TensorFile(tmp_path / "a") as file:
+        file.copy("a", (slice(0, 8), slice(0, 50)), torch.empty(8, 50))

@@ -47,6 +47,20 @@ def test_beyond_64_bits_the_reference_computes() -> None:
     assert order(2**69) == order.reference(2**69)
 
 
+def test_threads_that_load_them_together() -> None:
+    """They once found a module without functions, about one time in ten."""
+    code = (
+        "import sys, threading; from megalm.native.helpers import helpers; sys.setswitchinterval(1e-6)\n"
+        "met, found = threading.Barrier(8), []\n"
+        "def load(): met.wait(); found.append(hasattr(helpers(), 'copy_rows'))\n"
+        "threads = [threading.Thread(target=load) for _ in range(8)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; print(found == [True] * 8)"
+    )
+    for _ in range(10):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.strip() == "True"
+
+
 @pytest.mark.parametrize(("index", "n", "half"), [(5, 5, 3), (0, 1, 0), (0, 1, 33), (0, 65, 3)])
 def test_arguments_that_do_not_fit(index: int, n: int, half: int) -> None:
     found = helpers()
