@@ -204,11 +204,11 @@ class TensorFile:
         count = math.prod(entry.shape)
         if not count:
             return
-        if target.device.type == "cpu" and target.is_contiguous() and _is_run(box, entry.shape):
+        run = target.device.type == "cpu" and target.is_contiguous() and _is_run(box, entry.shape)
+        if run and isinstance(helpers(), str):
             self._read(entry.start + _offset(box, entry.shape) * target.element_size(), target)
             return
-        # Of rows in part, the kernel brings just the pages that are touched.
-        # numpy copies without torch's threads, in whichever thread this is. Bits are bits to it.
+        # Of rows in part, the kernel brings just the pages that are touched. Bits are bits to numpy.
         raw = _RAW[target.element_size()]
         values = np.frombuffer(self._map, raw, count, entry.start).reshape(entry.shape)[box]
         if target.device.type == "cpu":
@@ -242,7 +242,8 @@ def _offset(box: tuple[slice, ...], shape: tuple[int, ...]) -> int:
 
 
 def _copy(to: np.ndarray, values: np.ndarray) -> None:
-    """``to[...] = values``: whole rows by the helper, which spares the memory a third of the traffic."""
+    """``to[...] = values``, without torch's threads, in whichever thread this is. Rows that are long enough by the
+    helper, which spares the memory a third of the traffic: what a system call that reads into ``to`` cannot do."""
     rows = to.ndim > 0 and to.strides[-1] == to.itemsize and to.shape[-1] * to.itemsize >= _LEAST_ROW
     native = helpers() if rows else ""
     if isinstance(native, str):
