@@ -29,16 +29,18 @@ def ids_in_range(subject: TokenizerSubject) -> str:
     size: Any = tokenizer.vocab_size
     if type(size) is not int or size < 1:
         raise CheckFailed(f"vocab_size is {size!r}; it must be a positive int")
-    found: Any = tokenizer.encode_batch(subject.usable)
+    # All that was learnt is tried: the last ids are often those of what is rare, which no sample need hold.
+    texts = [*subject.usable, *subject.encodable(subject.texts)]
+    found: Any = tokenizer.encode_batch(texts)
     if not isinstance(found, list) or not all(isinstance(one, list) for one in found):
         raise CheckFailed(
             f"encode_batch must return a list of lists; found {type(found).__name__}"
             + (f" of {type(found[0]).__name__}" if isinstance(found, list) and found else "")
         )
-    if len(found) != len(subject.usable):
-        raise CheckFailed(f"encode_batch returned {len(found)} lists for {len(subject.usable)} texts")
+    if len(found) != len(texts):
+        raise CheckFailed(f"encode_batch returned {len(found)} lists for {len(texts)} texts")
     largest = -1
-    for text, one in zip(subject.usable, found, strict=True):
+    for text, one in zip(texts, found, strict=True):
         for index in one:
             if type(index) is not int:
                 raise CheckFailed(f"{words.show(text)} gives the id {index!r} of type {type(index).__name__}; use int")

@@ -137,17 +137,21 @@ class TokenizerSubject:
 
     @cached_property
     def usable(self) -> list[str]:
-        """The probes that can be encoded. What becomes of the others is one check's concern, and not every check's."""
-        tokenizer = self.tokenizer
+        """The probes that can be encoded."""
+        found = self.encodable(self.probes.values())
+        if not found:
+            raise CheckFailed("no text can be encoded; see any_text")
+        return found
+
+    def encodable(self, texts: Iterable[str]) -> list[str]:
+        """Those that can be encoded. What becomes of the others is one check's concern, and not every check's."""
         found = []
-        for text in self.probes.values():
+        for text in texts:
             try:
-                tokenizer.encode_batch([text])
+                self.tokenizer.encode_batch([text])
             except Exception:
                 continue
             found.append(text)
-        if not found:
-            raise CheckFailed("no text can be encoded; see any_text")
         return found
 
     @property
