@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megalm.plugin.component import Component, PluginInfo
     from megalm.plugin.contract.callback import Callback, RunInfo
     from megalm.plugin.contract.head import Head, HeadEnv
+    from megalm.plugin.contract.hugging_face import HuggingFaceHead
     from megalm.plugin.contract.kernels import KernelProvider, KernelRequest
     from megalm.plugin.contract.modules import BuildContext, ModuleBuilder
     from megalm.plugin.contract.objective import (
@@ -89,6 +90,7 @@ _HOMES = {
     "megalm.plugin.component": ("Component", "PluginInfo"),
     "megalm.plugin.contract.callback": ("Callback", "RunInfo"),
     "megalm.plugin.contract.head": ("Head", "HeadEnv"),
+    "megalm.plugin.contract.hugging_face": ("HuggingFaceHead",),
     "megalm.plugin.contract.kernels": ("KernelProvider", "KernelRequest"),
     "megalm.plugin.contract.modules": ("BuildContext", "ModuleBuilder"),
     "megalm.plugin.contract.objective": (
@@ -152,6 +154,7 @@ __all__ = [
     "Head",
     "HeadEnv",
     "HeadSpec",
+    "HuggingFaceHead",
     "KernelProvider",
     "KernelRequest",
     "LRSchedule",

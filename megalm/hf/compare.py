@@ -6,7 +6,8 @@ is about to write. Both run in float32 on the processor, on rows of drawn tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ Tensors = Mapping[str, torch.Tensor]
 TOLERANCE = 1e-5
 """Largest difference, as a share of the largest value where that is above 1."""
 _LENGTH = 64
-_TEXTS = ("The quick brown fox jumps over the lazy dog.", "  Two spaces,\na line; 3.14 and naïve café 東京!\n", "a")
+TEXTS = ("The quick brown fox jumps over the lazy dog.", "  Two spaces,\na line; 3.14 and naïve café 東京!\n", "a")
+"""Short, and of several scripts."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,20 @@ def compare(
     theirs = _transformers(folder, contents, spec.causal, batch)
     for what, value in theirs.items():
         expected, mine = value[batch["at"][what]], ours[what][batch["at"][what]]
-        difference = (expected - mine).abs().max().item()
-        agreement = Agreement(what, difference, expected.abs().max().item())
-        if not difference <= tolerance * max(1.0, agreement.largest):
-            raise CheckpointError(
-                f"{folder}: the {agreement}, more than {tolerance:g} of the largest: it is not the same model, and "
-                "nothing was written. Please report it; --tolerance allows more where it is rounding"
-            )
-        found.append(agreement)
+        found.append(agree(folder, what, expected, mine, tolerance))
     return found
+
+
+def agree(folder: Path, what: str, expected: torch.Tensor, mine: torch.Tensor, tolerance: float) -> Agreement:
+    """How well values agree; CheckpointError where they differ by more than ``tolerance``."""
+    difference = (expected - mine).abs().max().item()
+    agreement = Agreement(what, difference, expected.abs().max().item())
+    if not difference <= tolerance * max(1.0, agreement.largest):
+        raise CheckpointError(
+            f"{folder}: the {agreement}, more than {tolerance:g} of the largest: it is not the same model, and "
+            "nothing was written. Please report it; --tolerance allows more where it is rounding"
+        )
+    return agreement
 
 
 def _rows(model_type: str, spec: ModelSpec) -> dict[str, Any]:
@@ -139,39 +146,49 @@ def _transformers(folder: Path, contents: Contents, causal: bool, batch: Mapping
     if contents.lm_head or contents.nsp:
         names = {(True, False): "AutoModelForMaskedLM", (True, True): "AutoModelForPreTraining"}
         name = "AutoModelForCausalLM" if causal else names.get((contents.lm_head, contents.nsp))
-        out = _load(folder, name or "AutoModelForNextSentencePrediction", contents)(**given)
+        out = load_model(folder, name or "AutoModelForNextSentencePrediction", pooler=contents.pooler)(**given)
         if contents.lm_head:
             found["logits"] = out.prediction_logits if contents.nsp else out.logits
         if contents.nsp:
             found["next-sentence logits"] = out.seq_relationship_logits if contents.lm_head else out.logits
     if not contents.lm_head or (contents.pooler and not contents.nsp):
-        out = _load(folder, "AutoModel", contents)(**given)
+        out = load_model(folder, "AutoModel", pooler=contents.pooler)(**given)
         found["hidden states"] = out.last_hidden_state
         if contents.pooler:
             found["pooled vectors"] = out.pooler_output
     return found
 
 
-def _load(folder: Path, name: str, contents: Contents) -> Any:
-    """A model of transformers in float32; CheckpointError where it does not find its tensors in the folder."""
-    transformers = transformers_or_refusal()
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Loading tells of tensors that are looked at here anyway."""
+    logging = transformers_or_refusal().logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        model, info = getattr(transformers, name).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_model(folder: Path, name: str, *, pooler: bool = True) -> Any:
+    """A model of transformers in float32; CheckpointError where it does not find its tensors in the folder. Without
+    ``pooler``, one that the folder lacks does not matter."""
+    transformers = transformers_or_refusal()
+    try:
+        with quietly():
+            model, info = getattr(transformers, name).from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever transformers makes of a folder that it does not like
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    missing = [key for key in info["missing_keys"] if contents.pooler or "pooler." not in key]
+    missing = [key for key in info["missing_keys"] if pooler or "pooler." not in key]
     if missing or info["mismatched_keys"]:
         raise CheckpointError(
             f"{folder}: transformers' {type(model).__name__} does not find its tensors: "
@@ -180,14 +197,18 @@ def _load(folder: Path, name: str, contents: Contents) -> Any:
     return model.eval()
 
 
-def compare_tokenizers(folder: Path, tokenizer: Tokenizer) -> None:
-    """CheckpointError where transformers' tokenizer of a folder gives other ids than megalm's."""
-    transformers = transformers_or_refusal()
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer as transformers has it."""
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers_or_refusal().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as above
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {error}") from error
-    for text, ids in zip(_TEXTS, tokenizer.encode_batch(_TEXTS), strict=True):
+
+
+def compare_tokenizers(folder: Path, tokenizer: Tokenizer) -> None:
+    """CheckpointError where transformers' tokenizer of a folder gives other ids than megalm's."""
+    theirs = load_tokenizer(folder)
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
         found = theirs(text, add_special_tokens=False)["input_ids"]
         if found != ids:
             raise CheckpointError(

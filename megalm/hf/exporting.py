@@ -21,16 +21,21 @@ from megalm.data.folder import new_folder
 from megalm.errors import CheckpointError
 from megalm.hf import files
 from megalm.hf.compare import TOLERANCE, Agreement, compare, compare_tokenizers, transformers_or_refusal
+from megalm.hf.compare_head import compare_head
+from megalm.hf.rows import role_tokens, write_rows
+from megalm.hf.sentence_transformers import write_modules
 from megalm.model.hf.config import model_settings
+from megalm.model.hf.heads import ModelHead, with_head
 from megalm.model.hf.names import tensor_map
 from megalm.model.hf.origin import FOLDER, Origin
 from megalm.model.hf.write import Contents, class_name, differences, hf_config, resolved
 from megalm.plugin.contract.objective import HeadSpec
 from megalm.plugin.contract.tokenizer import Tokenizer
+from megalm.train.head import HeadObjective
+from megalm.train.scoring import stored_head
 from megalm.train.stored import Stored, UnknownTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ROLES = ("pad", "eos", "bos", "cls", "sep", "mask", "unk")
 Tell = Callable[[str], None]
 
 
@@ -64,7 +69,8 @@ def export_hf(
     if verify:
         transformers_or_refusal()
     origin = Origin.of(stored.manifest.state)
-    untouched = origin is not None and stored.manifest.step == 0
+    head = _head(stored)
+    untouched = origin is not None and stored.manifest.step == 0 and head is None
     weights = {name: torch.from_numpy(values) for name, values in logical_weights(stored.folder, stored.manifest)}
     for name in _for_training_alone(stored, weights, tell):
         del weights[name]
@@ -77,27 +83,49 @@ def export_hf(
             lm_head=stored.spec.lm_head,
             pooler="classifiers.pooler.weight" in weights,
             nsp="classifiers.heads.nsp.weight" in weights,
+            head=head,
         )
     config, same = _config(stored, origin, contents, untouched, tell)
     kind = config["model_type"]
     heads = (HeadSpec("nsp", 2, pooled=True),) if contents.nsp else ()
     names = tensor_map(kind, replace(stored.spec, lm_head=contents.lm_head, heads=heads), pooler=contents.pooler)
+    apart: dict[str, torch.Tensor] = {}
+    if head is not None:
+        names = with_head(names, kind, head, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        config |= _task_config(head, stored)
+        if head.told.task == "sentence_embedding" and head.told.output is not None:
+            layer = head.layer(head.told.output)
+            apart = {f"{layer}.{leaf}": weights.pop(f"{layer}.{leaf}") for leaf in ("weight", "bias")}
     types = origin.dtypes if origin is not None and same and dtype is None else {}
     common = dtype or (origin.dtype if origin is not None else "float32")
     config["torch_dtype" if "dtype" not in config else "dtype"] = common
     tensors = {name: tensor.to(DTYPES[types.get(name, common)]) for name, tensor in names.to_hf(weights).items()}
+    apart = {name: tensor.to(DTYPES[common]) for name, tensor in apart.items()}
     rounded = names.to_logical({name: tensor.float() for name, tensor in tensors.items()})
-    if origin is not None and untouched and origin.bare:
+    rounded |= {name: tensor.float() for name, tensor in apart.items()}
+    alone = head is not None and head.told.task == "sentence_embedding"
+    if alone or (origin is not None and untouched and origin.bare):
         tensors = {name.removeprefix(names.prefix): tensor for name, tensor in tensors.items()}
     with new_folder(out, overwrite=overwrite, is_ours=_is_exported, what="Hugging Face folder") as folder:
         written = files.write_tensors(folder, tensors, max_shard_bytes)
         files.write_json(folder / files.CONFIG, config)
         described = _tokenizer_files(stored, folder, config, tell)
-        if stored.spec.causal and not (folder / files.GENERATION).exists():
+        if head is not None:
+            longest = stored.resolved.config.train.sequence_length
+            if described:
+                write_rows(folder, stored.tokenizer, head.told, longest)
+            if alone:
+                layer_alone = {name.rpartition(".")[2]: tensor for name, tensor in apart.items()}
+                write_modules(folder, head.told, stored.spec.cfg.hidden_size, longest, layer_alone or None)
+        elif stored.spec.causal and not (folder / files.GENERATION).exists():
             ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             files.write_json(folder / files.GENERATION, {key: value for key, value in ids.items() if value is not None})
         agreements: list[Agreement] = []
-        if verify:
+        if verify and head is not None:
+            if not described:
+                raise CheckpointError(f"{out}: the head's rows cannot be verified without a tokenizer; --no-verify")
+            agreements = compare_head(folder, stored_head(stored)[1], head, stored.spec, rounded, tolerance)
+        elif verify:
             agreements = compare(folder, kind, stored.spec, contents, rounded, tolerance)
             if described:
                 compare_tokenizers(folder, stored.tokenizer)
@@ -110,6 +138,23 @@ def _check_plain(stored: Stored) -> None:
         raise CheckpointError(f"{stored.folder}: has low-rank products beside its weights; megalm merge adds them")
     if method == "adapter":
         raise CheckpointError(f"{stored.folder}: has adapters, for which the Hugging Face model has no place")
+
+
+def _head(stored: Stored) -> ModelHead | None:
+    """The head that the checkpoint was trained with."""
+    if not stored.resolved.config.train.head:
+        return None
+    name, head = stored_head(stored)
+    return ModelHead(head.hugging_face(), HeadObjective(name, head).module_name)
+
+
+def _task_config(head: ModelHead, stored: Stored) -> dict[str, Any]:
+    """What ``config.json`` says of a head."""
+    found = dict(head.told.config)
+    pad = stored.tokenizer.special.pad
+    if head.told.pooling == "last" and pad is not None:
+        found["pad_token_id"] = pad  # where a row ends is seen by it
+    return found
 
 
 def _for_training_alone(stored: Stored, weights: Iterable[str], tell: Tell) -> list[str]:
@@ -181,8 +226,4 @@ def _tokenizer_config(tokenizer: Tokenizer, stored: Stored, config: Mapping[str,
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if longest is not None:
         found["model_max_length"] = longest
-    for role in _ROLES:
-        index = getattr(tokenizer.special, role)
-        if index is not None:
-            found[f"{role}_token"] = tokenizer.token(index)
-    return found
+    return found | role_tokens(tokenizer)

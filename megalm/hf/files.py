@@ -115,8 +115,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], max_bytes: 
     return names
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object into a folder that nobody else sees yet."""
+def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
+    """Write a JSON object or list into a folder that nobody else sees yet."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

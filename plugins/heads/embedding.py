@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from megalm.api import (
     Example,
     FieldSpec,
     HeadEnv,
+    HuggingFaceHead,
     LossContext,
     Needs,
     Record,
@@ -42,6 +44,7 @@ class EmbeddingConfig(Settings):
 
     pair: ClassVar[bool] = False
     token_types: ClassVar[bool] = False
+    bias: ClassVar[bool] = True
     dropout: ClassVar[float] = 0.0
 
     loss: Literal["contrastive", "cosine"] = "contrastive"
@@ -145,6 +148,15 @@ class Embedding(PooledHead):
         x = self.vectors(module, hidden, batch, ctx)
         x = F.normalize(ctx.widen(x if self.cfg.size is None else module["out"](x)), dim=-1)
         return x.view(-1, _VIEWS, x.shape[-1])
+
+    def hugging_face(self) -> HuggingFaceHead:
+        return replace(
+            super().hugging_face(),
+            task="sentence_embedding",
+            scores=lambda *given: self._pairs(*given).flatten(0, 1),
+            rows=lambda record: [(record[FIRST],), (record[SECOND],)],
+            output=None if self.cfg.size is None else "out",
+        )
 
     def loss(
         self, module: torch.nn.Module, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext

@@ -21,6 +21,7 @@ from megalm.api import (
     Example,
     FieldSpec,
     HeadEnv,
+    HuggingFaceHead,
     LossContext,
     Needs,
     Record,
@@ -179,6 +180,17 @@ class ExtractiveQA(MeasuredHead):
             "end": end if known else IGNORE,
             "truncated": cut,
         }
+
+    def hugging_face(self) -> HuggingFaceHead:
+        return HuggingFaceHead(
+            task="question_answering",
+            scores=self._scores,
+            rows=lambda record: [(record["question"], record["context"].rstrip())],
+            places="places",
+            prefix=tuple(self._prefix),
+            suffix=tuple(self._suffix),
+            typed=self.cfg.token_types,
+        )
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {name: int((batch[name] != IGNORE).sum()) for name in ("start", "end")}

@@ -9,6 +9,14 @@ from typing import Any, ClassVar, Literal
 from megalm.api import Head, HeadEnv, MeasureKind, Measures, Record
 
 
+def labels_config(labels: Sequence[str]) -> dict[str, Any]:
+    """What transformers' ``config.json`` says of labels."""
+    return {
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+
+
 class MeasuredHead(Head):
     """Subclasses name their kind and default measures; the setting ``metrics`` chooses others of the kind."""
 
@@ -33,6 +41,10 @@ class MeasuredHead(Head):
     @abstractmethod
     def right(self, record: Record) -> Any:
         """What is right for a record."""
+
+    def hugging_face_config(self) -> Mapping[str, Any]:
+        """What transformers' ``config.json`` says of the task."""
+        return {}
 
     def goals(self) -> Mapping[str, Literal["max", "min"]]:
         return self.measures.goals()

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from megalm.api import Batch, ConfigError, Example, FieldSpec, HeadEnv, LossContext, Needs, Record, TensorSpec, Term
+from megalm_plugins.heads.measured import labels_config
 from megalm_plugins.heads.pooled import PooledConfig, PooledHead
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class MultiLabelClassification(PooledHead):
 
     def needs(self) -> Needs:
         return self.text_needs("chosen", TensorSpec(("batch", "label"), to="last"))
+
+    def hugging_face_config(self) -> Mapping[str, Any]:
+        return {"problem_type": "multi_label_classification", **labels_config(self.env.labels)}
 
     def weights(self) -> Mapping[str, float]:
         return {self.kind: 1.0}

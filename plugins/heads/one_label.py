@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalm.api import IGNORE, Batch, ConfigError, HeadEnv, LossContext, Record, Term
-from megalm_plugins.heads.measured import MeasuredHead
+from megalm_plugins.heads.measured import MeasuredHead, labels_config
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,9 @@ class OneLabelHead(MeasuredHead):
     def number(self, record: Record) -> int:
         """The number of a record's label."""
         return self.env.labels.index(record["label"]) if "label" in record else IGNORE
+
+    def hugging_face_config(self) -> Mapping[str, Any]:
+        return {"problem_type": "single_label_classification", **labels_config(self.env.labels)}
 
     def weights(self) -> Mapping[str, float]:
         return {self.kind: 1.0}

@@ -16,6 +16,7 @@ from megalm.api import (
     Example,
     FieldSpec,
     HeadEnv,
+    HuggingFaceHead,
     LossContext,
     Needs,
     Record,
@@ -40,6 +41,8 @@ class PooledConfig(Settings):
     pooling: Literal["pooler", "cls", "mean", "last"] = "pooler"
     """The vector of a row: BERT's pooler (dense and tanh on the first token), the first token's, the mean over the
     row's tokens, or the last token's, which is the one for causal backbones."""
+    bias: bool = True
+    """The layer on that vector adds a bias. That of GPT-like models of transformers does not."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout of that vector."""
     metrics: tuple[str, ...] | None = None
@@ -131,10 +134,26 @@ class PooledHead(MeasuredHead):
     def build(self, hidden_size: int, ctx: BuildContext) -> torch.nn.Module:
         from torch import nn
 
-        parts = {"out": ctx.linear(hidden_size, self.outputs)}
+        parts = {"out": ctx.linear(hidden_size, self.outputs, bias=self.cfg.bias)}
         if self.cfg.pooling == "pooler":
             parts["pooler"] = ctx.linear(hidden_size, hidden_size)
         return nn.ModuleDict(parts)
+
+    def hugging_face(self) -> HuggingFaceHead:
+        names = list(self.text_fields())
+        pooled = self.cfg.pooling == "pooler"
+        return HuggingFaceHead(
+            task="sequence_classification",
+            scores=self.scores,
+            rows=lambda record: [tuple(record[name] for name in names)],
+            output="out",
+            pooler="pooler" if pooled else None,
+            pooling=self.cfg.pooling,
+            prefix=tuple(self._prefix),
+            suffix=tuple(self._suffix),
+            typed=self.cfg.pair and self.cfg.token_types,
+            config=self.hugging_face_config(),
+        )
 
     def scores(
         self, module: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], ctx: LossContext

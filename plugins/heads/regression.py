@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalm.api import Batch, Example, FieldSpec, LossContext, Needs, Record, TensorSpec, Term
+from megalm_plugins.heads.measured import labels_config
 from megalm_plugins.heads.pooled import PooledHead
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Regression(PooledHead):
             token_types=needs.token_types,
             coupling="example",
         )
+
+    def hugging_face_config(self) -> Mapping[str, Any]:
+        return {"problem_type": "regression", **labels_config([self.kind])}
 
     def weights(self) -> Mapping[str, float]:
         return {self.kind: 1.0}

@@ -22,6 +22,7 @@ from megalm.api import (
     Example,
     FieldSpec,
     HeadEnv,
+    HuggingFaceHead,
     LossContext,
     Needs,
     Record,
@@ -30,7 +31,7 @@ from megalm.api import (
     Term,
     marks_spans,
 )
-from megalm_plugins.heads.measured import MeasuredHead
+from megalm_plugins.heads.measured import MeasuredHead, labels_config
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +142,19 @@ class TokenClassification(MeasuredHead):
         """Tokens of the separator alone, where the tokenizer keeps them apart from the word's."""
         gap = len(self._gap)
         return gap if gap < len(piece) and piece[:gap] == self._gap else 0
+
+    def hugging_face(self) -> HuggingFaceHead:
+        if self.cfg.crf:
+            raise ConfigError([f"{_NAME}: crf = true: transformers has no model with a CRF; train with crf = false"])
+        return HuggingFaceHead(
+            task="token_classification",
+            scores=self._scores,
+            rows=lambda record: [(self.cfg.separator.join(record["words"]),)],
+            places="first_tokens",
+            prefix=tuple(self._prefix),
+            suffix=tuple(self._suffix),
+            config=labels_config(self.env.labels),
+        )
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {_NAME: int((batch["tags"] != IGNORE).sum())}

@@ -13,6 +13,7 @@ from typing import Any
 from megalm.config.schema import ModelConfig
 from megalm.errors import ConfigError
 from megalm.model.hf.config import ACTIVATIONS, ROPE_SCALING, model_settings
+from megalm.model.hf.heads import ModelHead, head_class
 from megalm.model.spec import ModelSpec
 
 _TRAINING_ONLY = {"architecture", "init_std", "scaled_init", "dropout", "attention_dropout"}
@@ -36,10 +37,13 @@ class Contents:
     lm_head: bool
     pooler: bool = False
     nsp: bool = False
+    head: ModelHead | None = None
 
 
 def class_name(model_type: str, contents: Contents) -> str:
     """The class of transformers that has these parts."""
+    if contents.head is not None:
+        return head_class(model_type, contents.head)
     if contents.nsp:
         return "BertForPreTraining" if contents.lm_head else "BertForNextSentencePrediction"
     return _CLASSES[model_type][contents.lm_head]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from megalm.config.settings import Settings
-from megalm.errors import ObjectiveError
+from megalm.errors import ConfigError, ObjectiveError
+from megalm.plugin.contract.hugging_face import HuggingFaceHead
 from megalm.plugin.contract.modules import BuildContext
 from megalm.plugin.contract.objective import Attention, Batch, Example, LossContext, Needs, Term
 from megalm.plugin.contract.records import FieldSpec, Record
@@ -177,3 +178,9 @@ class Head(ABC):
         "support"}}, "averages": {NAME: ...}}``, which is shown as a table. Nothing by default.
         """
         return {}
+
+    def hugging_face(self) -> HuggingFaceHead:
+        """The head as Hugging Face's libraries have it, for ``megalm export hf``. ConfigError says what stands in the
+        way; by default that no class of theirs is known.
+        """
+        raise ConfigError([f"{type(self).__name__}: Hugging Face's libraries have no model of this kind"])
