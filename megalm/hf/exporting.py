@@ -7,36 +7,24 @@ computes the same; where there is none, the export is refused by the keys that d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megalm.checkpoint.load import logical_weights
 from megalm.checkpoint.manifest import read_manifest
-from megalm.config.schema import ModelConfig
 from megalm.data.folder import new_folder
 from megalm.errors import CheckpointError
 from megalm.hf import files
 from megalm.hf.compare import TOLERANCE, Agreement, compare, compare_tokenizers, transformers_or_refusal
 from megalm.hf.compare_head import compare_head
+from megalm.hf.conversion import Converted, Tell, convert
 from megalm.hf.rows import role_tokens, write_rows
 from megalm.hf.sentence_transformers import write_modules
-from megalm.model.hf.config import model_settings
-from megalm.model.hf.heads import ModelHead, with_head
-from megalm.model.hf.names import tensor_map
-from megalm.model.hf.origin import FOLDER, Origin
-from megalm.model.hf.write import Contents, class_name, differences, hf_config, resolved
-from megalm.plugin.contract.objective import HeadSpec
+from megalm.model.hf.origin import FOLDER
 from megalm.plugin.contract.tokenizer import Tokenizer
-from megalm.train.head import HeadObjective
 from megalm.train.scoring import stored_head
 from megalm.train.stored import Stored, UnknownTokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,134 +48,51 @@ def export_hf(
     overwrite: bool = False,
     tell: Tell = lambda text: None,
 ) -> Exported:
-    """Write the folder ``out``. ``dtype``: of :data:`DTYPES`; default: as imported, else float32.
+    """Write the folder ``out``. ``dtype``: of :data:`megalm.hf.conversion.DTYPES`; default: as imported, else float32.
 
     ConfigError lists what the family cannot express, CheckpointError names tensors that it does not have, and values
     that transformers computes otherwise; nothing is written then.
     """
-    _check_plain(stored)
     if verify:
         transformers_or_refusal()
-    origin = Origin.of(stored.manifest.state)
-    head = _head(stored)
-    untouched = origin is not None and stored.manifest.step == 0 and head is None
-    weights = {name: torch.from_numpy(values) for name, values in logical_weights(stored.folder, stored.manifest)}
-    for name in _for_training_alone(stored, weights, tell):
-        del weights[name]
-    if origin is not None and untouched:
-        contents = Contents(origin.lm_head, origin.pooler, origin.nsp)
-        for name in origin.seeded:
-            del weights[name]
-    else:
-        contents = Contents(
-            lm_head=stored.spec.lm_head,
-            pooler="classifiers.pooler.weight" in weights,
-            nsp="classifiers.heads.nsp.weight" in weights,
-            head=head,
-        )
-    config, same = _config(stored, origin, contents, untouched, tell)
-    kind = config["model_type"]
-    heads = (HeadSpec("nsp", 2, pooled=True),) if contents.nsp else ()
-    names = tensor_map(kind, replace(stored.spec, lm_head=contents.lm_head, heads=heads), pooler=contents.pooler)
-    apart: dict[str, torch.Tensor] = {}
-    if head is not None:
-        names = with_head(names, kind, head, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-        config |= _task_config(head, stored)
-        if head.told.task == "sentence_embedding" and head.told.output is not None:
-            layer = head.layer(head.told.output)
-            apart = {f"{layer}.{leaf}": weights.pop(f"{layer}.{leaf}") for leaf in ("weight", "bias")}
-    types = origin.dtypes if origin is not None and same and dtype is None else {}
-    common = dtype or (origin.dtype if origin is not None else "float32")
-    config["torch_dtype" if "dtype" not in config else "dtype"] = common
-    tensors = {name: tensor.to(DTYPES[types.get(name, common)]) for name, tensor in names.to_hf(weights).items()}
-    apart = {name: tensor.to(DTYPES[common]) for name, tensor in apart.items()}
-    rounded = names.to_logical({name: tensor.float() for name, tensor in tensors.items()})
-    rounded |= {name: tensor.float() for name, tensor in apart.items()}
-    alone = head is not None and head.told.task == "sentence_embedding"
-    if alone or (origin is not None and untouched and origin.bare):
-        tensors = {name.removeprefix(names.prefix): tensor for name, tensor in tensors.items()}
+    made = convert(stored, dtype, tell)
+    head = made.contents.head
     with new_folder(out, overwrite=overwrite, is_ours=_is_exported, what="Hugging Face folder") as folder:
-        written = files.write_tensors(folder, tensors, max_shard_bytes)
-        files.write_json(folder / files.CONFIG, config)
-        described = _tokenizer_files(stored, folder, config, tell)
+        written = files.write_tensors(folder, made.tensors, max_shard_bytes)
+        files.write_json(folder / files.CONFIG, made.config)
+        described = _tokenizer_files(stored, folder, made.config, tell)
         if head is not None:
             longest = stored.resolved.config.train.sequence_length
             if described:
                 write_rows(folder, stored.tokenizer, head.told, longest)
-            if alone:
-                layer_alone = {name.rpartition(".")[2]: tensor for name, tensor in apart.items()}
-                write_modules(folder, head.told, stored.spec.cfg.hidden_size, longest, layer_alone or None)
+            if made.contents.sentence_vectors:
+                write_modules(folder, head.told, stored.spec.cfg.hidden_size, longest, made.layer)
         elif stored.spec.causal and not (folder / files.GENERATION).exists():
-            ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            ids = {key: made.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             files.write_json(folder / files.GENERATION, {key: value for key, value in ids.items() if value is not None})
-        agreements: list[Agreement] = []
-        if verify and head is not None:
-            if not described:
-                raise CheckpointError(f"{out}: the head's rows cannot be verified without a tokenizer; --no-verify")
-            agreements = compare_head(folder, stored_head(stored)[1], head, stored.spec, rounded, tolerance)
-        elif verify:
-            agreements = compare(folder, kind, stored.spec, contents, rounded, tolerance)
-            if described:
-                compare_tokenizers(folder, stored.tokenizer)
+        agreements = _prove(stored, made, folder, described, tolerance) if verify else []
     return Exported(out, written, agreements)
 
 
-def _check_plain(stored: Stored) -> None:
-    method = stored.spec.tuning.method
-    if method == "lora":
-        raise CheckpointError(f"{stored.folder}: has low-rank products beside its weights; megalm merge adds them")
-    if method == "adapter":
-        raise CheckpointError(f"{stored.folder}: has adapters, for which the Hugging Face model has no place")
-
-
-def _head(stored: Stored) -> ModelHead | None:
-    """The head that the checkpoint was trained with."""
-    if not stored.resolved.config.train.head:
-        return None
-    name, head = stored_head(stored)
-    return ModelHead(head.hugging_face(), HeadObjective(name, head).module_name)
-
-
-def _task_config(head: ModelHead, stored: Stored) -> dict[str, Any]:
-    """What ``config.json`` says of a head."""
-    found = dict(head.told.config)
-    pad = stored.tokenizer.special.pad
-    if head.told.pooling == "last" and pad is not None:
-        found["pad_token_id"] = pad  # where a row ends is seen by it
-    return found
-
-
-def _for_training_alone(stored: Stored, weights: Iterable[str], tell: Tell) -> list[str]:
-    """Tensors that an objective trained with and nothing else needs: its modules, and its auxiliary models. (A head's
-    module is what the model is for, so that it is not among them.)"""
-    groups = ("auxiliary.",) if stored.resolved.config.train.head else ("auxiliary.", "plugins.")
-    found = [name for name in weights if name.startswith(groups)]
-    if found:
-        parts = sorted({".".join(name.split(".")[:2]) for name in found})
-        tell(f"left out, as they serve training alone: {', '.join(parts)}")
-    return found
+def _prove(stored: Stored, made: Converted, folder: Path, described: bool, tolerance: float) -> list[Agreement]:
+    """``described``: the folder has a tokenizer."""
+    head = made.contents.head
+    if head is None:
+        kind = made.config["model_type"]
+        agreements = compare(folder, kind, stored.spec, made.contents, made.logical, tolerance)
+        if described:
+            compare_tokenizers(folder, stored.tokenizer)
+        return agreements
+    if not described:
+        raise CheckpointError(
+            f"{stored.folder}: its tokenizer has no form that transformers reads, so the rows of its head cannot be "
+            "verified; --no-verify writes the model without"
+        )
+    return compare_head(folder, stored_head(stored)[1], head, stored.spec, made.logical, tolerance)
 
 
 def _is_exported(folder: Path) -> bool:
     return (folder / files.CONFIG).is_file()
-
-
-def _config(
-    stored: Stored, origin: Origin | None, contents: Contents, untouched: bool, tell: Tell
-) -> tuple[dict[str, Any], bool]:
-    """The configuration, and whether it is the one that was imported."""
-    if origin is not None:
-        back = ModelConfig(**model_settings(origin.config))
-        if not (differ := differences(resolved(back), resolved(stored.spec.cfg, stored.spec))):
-            config = dict(origin.config)
-            if not untouched:
-                config["architectures"] = [class_name(config["model_type"], contents)]
-            return config, True
-        tell(f"the model is no longer as it was imported ({differ[0][0]}), so its configuration is written anew")
-    special = stored.tokenizer.special
-    known = not isinstance(stored.tokenizer, UnknownTokenizer)
-    ids = {role: getattr(special, role) for role in ("pad", "bos", "eos")} if known else {}
-    return hf_config(stored.spec, contents, ids, stored.resolved.config.train.sequence_length), False
 
 
 def _tokenizer_files(stored: Stored, folder: Path, config: Mapping[str, Any], tell: Tell) -> bool:

@@ -19,12 +19,12 @@ _MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "wei
 
 
 def write_modules(
-    folder: Path, told: HuggingFaceHead, width: int, longest: int, layer: dict[str, torch.Tensor] | None
+    folder: Path, told: HuggingFaceHead, width: int, longest: int, layer: dict[str, torch.Tensor]
 ) -> None:
     """Write them beside the model's. ``width``: of its vectors; ``longest``: a row in tokens; ``layer``: weight
-    (outputs, width) and bias of the head's linear layer, where it has one.
+    (outputs, width) and bias of the head's linear layer, empty where there is none.
     """
-    names = ["Transformer", "Pooling", *([] if layer is None else ["Dense"]), "Normalize"]
+    names = ["Transformer", "Pooling", *(["Dense"] if layer else []), "Normalize"]
     paths = ["", *(f"{number}_{name}" for number, name in enumerate(names[1:], 1))]
     listed = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
@@ -40,7 +40,7 @@ def write_modules(
         folder / paths[1] / files.CONFIG,
         {"word_embedding_dimension": width, **{f"pooling_mode_{mode}": mode == chosen for mode in _MODES}},
     )
-    if layer is not None:
+    if layer:
         outputs = layer["weight"].shape[0]
         files.write_json(
             folder / paths[2] / files.CONFIG,

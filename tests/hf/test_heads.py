@@ -221,7 +221,7 @@ def test_a_folder_of_sentence_transformers_without_a_layer_of_its_own_normalises
 def test_a_folder_that_scores_otherwise_does_not_appear(
     broken: str, folder: Folder, tmp_path: Path, manager: PluginManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megalm.hf import exporting
+    from megalm.hf import conversion, exporting
 
     stored, _ = tuned(folder, tmp_path, manager, "bert", CASES["classes"], random.Random(2))
     if broken == "weights":
@@ -236,7 +236,7 @@ def test_a_folder_that_scores_otherwise_does_not_appear(
         monkeypatch.setattr(exporting, "write_rows", lambda *given: None)
         words = "but the head was trained on"
     else:
-        monkeypatch.setattr(exporting, "_task_config", lambda *given: {})
+        monkeypatch.setattr(conversion, "_task_config", lambda *given: {})
         words = "transformers cannot load it"
     with pytest.raises(CheckpointError, match=words):
         export_hf(stored, tmp_path / "out")

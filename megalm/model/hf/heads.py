@@ -42,6 +42,12 @@ class ModelHead:
         """Logical name of a layer."""
         return f"plugins.{self.module}.{path}".rstrip(".")
 
+    def own_file(self) -> list[str]:
+        """Logical names of tensors that are written beside the model's."""
+        if self.told.task != "sentence_embedding" or self.told.output is None:
+            return []
+        return [f"{self.layer(self.told.output)}.{leaf}" for leaf in ("weight", "bias")]
+
 
 def head_class(family: str, head: ModelHead) -> str:
     """The class of transformers."""

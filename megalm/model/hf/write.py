@@ -39,6 +39,11 @@ class Contents:
     nsp: bool = False
     head: ModelHead | None = None
 
+    @property
+    def sentence_vectors(self) -> bool:
+        """The folder is one of sentence-transformers."""
+        return self.head is not None and self.head.told.task == "sentence_embedding"
+
 
 def class_name(model_type: str, contents: Contents) -> str:
     """The class of transformers that has these parts."""
