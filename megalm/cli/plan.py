@@ -51,7 +51,8 @@ def plan(
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
     volumes: dict[str, list[AlikeRanks]] = {}
     if comm:
-        planner = Planner(prepared.spec, prepared.pipeline, grid, resolved.config.train.precision)
+        train = resolved.config.train
+        planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial)
         volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))
         if evaluation:
             from megalm.train.step import AT_ONCE

@@ -264,6 +264,39 @@ class DataConfig(Settings):
         return tuple(entry.path for entry in self.blend) if self.path is None else (self.path,)
 
 
+class AdversarialConfig(Settings):
+    """Adversarial training: also train on token embeddings that are changed, a little, for the worse."""
+
+    method: Literal["fgm", "freelb"]
+    """``fgm``: the loss as it is, and that of vectors moved by ``epsilon`` along its gradient: two passes. ``freelb``:
+    the mean loss of ``steps`` passes, that begin with noise and climb from one to the next."""
+    epsilon: float = Field(gt=0)
+    """Size of a row's perturbation: what it has with ``fgm``, the most that it comes to with ``freelb``."""
+    norm: Literal["l2", "linf"] = "l2"
+    """What sizes of rows and of their gradients are: the root of the sum of squares, or the largest value."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """``freelb``: passes over a step's rows; default: 3."""
+    step_size: float | None = Field(default=None, gt=0)
+    """``freelb``: how far a row's perturbation moves between two passes, in the norm; needed there."""
+    init_magnitude: float | None = Field(default=None, ge=0)
+    """``freelb``: the noise is uniform within this, and with ``l2`` divided by the root of the number of a row's
+    values; default: ``epsilon``."""
+
+    @property
+    def passes(self) -> int:
+        """How often a step takes its rows."""
+        return 2 if self.method == "fgm" else self.steps or 3
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> AdversarialConfig:
+        given = [name for name in ("steps", "step_size", "init_magnitude") if getattr(self, name) is not None]
+        if self.method == "fgm" and given:
+            raise ValueError(f'{given[0]} is for method = "freelb"; leave it out')
+        if self.method == "freelb" and self.step_size is None:
+            raise ValueError("freelb needs step_size: how far a perturbation moves between two passes (epsilon, say)")
+        return self
+
+
 class TrainConfig(Settings):
     """The training loop."""
 
@@ -294,6 +327,8 @@ class TrainConfig(Settings):
     """``full`` keeps each layer's input alone for backward and computes the rest again: less memory, more work."""
     precision: Precision = "float32"
     """Type of weights in forward and backward. bfloat16 keeps float32 master weights and gradients."""
+    adversarial: AdversarialConfig | None = None
+    """Train against small changes of the token embeddings, whatever is trained. Default: not."""
 
     @field_validator("objective")
     @classmethod

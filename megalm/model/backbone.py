@@ -59,6 +59,8 @@ class Embedding(nn.Module):
     def forward(self, batch: Microbatch, site: str = "embedding") -> torch.Tensor:
         """Vectors of the batch's tokens; ``site``: of their dropout."""
         x_TH = self.tokens(batch.tensors["tokens"].reshape(-1))
+        if batch.perturbation is not None:
+            x_TH = x_TH + batch.perturbation
         if self.types is not None:
             x_TH = self.types(x_TH, batch)
         if self.positions is not None:

@@ -34,6 +34,8 @@ class Microbatch:
     """What attends to what, and the positions, where rows hold several documents."""
     cache: KeyValueCache | None = None
     """In generation: keys and values of the rows' tokens so far, and where the tokens of this forward stand."""
+    perturbation: torch.Tensor | None = None
+    """In adversarial training: what is added to the embedding's vectors of this rank's tokens, (tokens, features)."""
 
     def drops(self, p: float) -> bool:
         """Whether dropout of this probability does anything: not in evaluation."""

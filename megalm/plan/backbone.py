@@ -47,8 +47,9 @@ class Way:
     """Its layer has a backward, and so is computed again where layers are."""
 
 
-def ways(backbone: nn.Module, stage: Stage, *, post: bool) -> Counter[Way]:
+def ways(backbone: nn.Module, stage: Stage, *, post: bool, followed: bool = False) -> Counter[Way]:
     """The ways of one of the backbone's stages, and how many are alike. ``post``: norms come after their blocks.
+    ``followed``: the gradient of the token vectors is wanted, whatever trains.
 
     An embedding that a later stage has for its head alone looks nothing up, so it says nothing here. Modules stand in
     the order in which they compute, but for a layer's norms, which may come after their block. Into a later stage a
@@ -75,6 +76,7 @@ def ways(backbone: nn.Module, stage: Stage, *, post: bool) -> Counter[Way]:
             found[Way(item, "out", module.weight.shape[0], product, alive)] += 1
         elif isinstance(module, VocabParallelEmbedding):
             found[Way(item, "out", module.weight.shape[1], trains)] += 1
+            flowing = flowing or followed
         if _NORM.fullmatch(path) and post:
             flowing, behind = flowing or behind, trains
         else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megalm.config.schema import AdversarialConfig
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage
@@ -56,6 +57,8 @@ class _Asked:
     """What the ranks with the first stage say for its preparation."""
     told: tuple[tuple[int, ...], ...] = ()
     """Of each microbatch, the bytes of each tensor that is prepared."""
+    rows: int = 0
+    """Of all microbatches."""
 
 
 class Planner:
@@ -66,18 +69,28 @@ class Planner:
         pipeline: its stages, and the order in which they work.
         grid: the ranks that share the stages of a pipeline rank.
         precision: ``train.precision``.
+        adversarial: ``train.adversarial``.
     """
 
-    def __init__(self, spec: ModelSpec, pipeline: Pipeline, grid: Grid, precision: str) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pipeline: Pipeline,
+        grid: Grid,
+        precision: str,
+        adversarial: AdversarialConfig | None = None,
+    ) -> None:
         self.spec = spec
+        self._adversarial = adversarial
         self.pipeline = pipeline
         self.grid = grid
         self.pp = len(pipeline.order.ranks)
         self._dtype = DTYPES[precision]
         self._master = torch.float64 if self._dtype == torch.float64 else torch.float32
-        # By pipeline rank: the layouts of what it holds and trains, and the ways of each of its stages.
+        # By pipeline rank: the layouts of what it holds and trains, and the ways of each of its stages,
+        # in a step's last pass and in those before.
         self._layouts: list[dict[str, Layout]] = []
-        self._ways: list[list[tuple[Stage, Counter[Way]]]] = []
+        self._ways: list[list[tuple[Stage, Counter[Way], Counter[Way]]]] = []
         post = spec.cfg.norm_placement == "post"
         self._auxiliary: dict[str, Counter[Way]] = {}
         for place in range(self.pp):
@@ -86,7 +99,10 @@ class Planner:
             declared = layouts(model)
             moving = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
             self._layouts.append({name: declared[name] for name in moving})
-            self._ways.append([(stage, ways(model.backbone, stage, post=post)) for stage in stages])
+            backbone = model.backbone
+            last = [ways(backbone, stage, post=post) for stage in stages]
+            before = [ways(backbone, stage, post=post, followed=True) for stage in stages]
+            self._ways.append(list(zip(stages, last, before, strict=True)))
             for name, each in model.auxiliary.items():
                 within = Stage(-1, range(spec.auxiliary[name].cfg.layers), first=False, last=False)
                 looked_up = Way("embedding", "out", spec.cfg.hidden_size)
@@ -123,7 +139,9 @@ class Planner:
             probe = None if first else LossProbe(self.spec, self.grid, objective, self._dtype, index)
             tokens, flows, loss, told = [], [], [], []
             prepared: list[Entry] = []
+            rows = 0
             for tensors in microbatches(index):
+                rows += len(tensors["tokens"])
                 tokens.append(tensors["tokens"].numel())
                 told.append(tuple(tensors[name].nbytes for name in objective.needs.prepares.tensors))
                 if probe is not None:
@@ -132,9 +150,9 @@ class Planner:
                     loss += said
                     flows.append(flowing)
             if first is not None:
-                out.append(_Asked(tuple(tokens), first.flows, first.loss, first.prepared, tuple(told)))
+                out.append(_Asked(tuple(tokens), first.flows, first.loss, first.prepared, tuple(told), rows))
             else:
-                out.append(_Asked(tuple(tokens), tuple(flows), merged(loss), merged(prepared), tuple(told)))
+                out.append(_Asked(tuple(tokens), tuple(flows), merged(loss), merged(prepared), tuple(told), rows))
         return out
 
     def _prepared(
@@ -161,19 +179,24 @@ class Planner:
         self, objective: Scorer, asked: _Asked, place: int, orders: list[LoweredOrder], train: bool
     ) -> Iterator[Entry]:
         grid, size = self.grid, self._dtype.itemsize
+        adversarial = self._adversarial if train else None
+        passes = 1 if adversarial is None else adversarial.passes
         if grid.tp > 1:
-            for stage, found in self._ways[place]:
+            for stage, last, before in self._ways[place]:
                 # A stage before the last goes backward even where no gradient reaches it: it is sent zeros.
                 flows = (train and (flowing or not stage.last) for flowing in asked.flows)
                 for (tokens, backward), count in Counter(zip(asked.tokens, flows, strict=True)).items():
-                    every = Counter({way: calls * count for way, calls in found.items()})
-                    yield from backbone_entries(every, grid, tokens=tokens, itemsize=size, backward=backward)
-                    if backward:
-                        yield from recompute_entries(every, self.spec, grid, tokens=tokens, itemsize=size)
+                    for found, times in ((last, 1), (before, passes - 1)):
+                        every = Counter({way: calls * count * times for way, calls in found.items() if times})
+                        yield from backbone_entries(every, grid, tokens=tokens, itemsize=size, backward=backward)
+                        if backward:
+                            yield from recompute_entries(every, self.spec, grid, tokens=tokens, itemsize=size)
         if place == self.pipeline.last_rank:
-            yield from asked.loss
+            yield from asked.loss * passes
         if place == self.pipeline.order.placement[0]:
             yield from asked.prepared
+            if adversarial is not None and grid.sp:
+                yield from self._size_entries(adversarial, asked.rows)
         first = 0
         for lowered in orders:
             tokens_of = asked.tokens[first : first + lowered.order.microbatches]
@@ -183,12 +206,23 @@ class Planner:
                     yield entry("prepared tensors", "pp", "broadcast", self.pp, sum(tensor))
             first += len(tokens_of)
             features = self.spec.cfg.hidden_size
-            yield from message_entries(lowered, place, grid, tokens=tokens_of, features=features, itemsize=size)
-        sums = _SUMS_BYTES * len(objective.weights)
+            entries = message_entries(lowered, place, grid, tokens=tokens_of, features=features, itemsize=size)
+            yield from tuple(entries) * passes
+        counts = _SUMS_BYTES * len(objective.weights)
+        sums = counts * (2 if adversarial is not None and adversarial.method == "fgm" else 1)
         if grid.dp > 1:
-            yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, sums, 2)
+            yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, counts)
+            yield entry("counts and loss sums", "dp", "all_reduce", grid.dp, sums)
         if self.pp > 1:
             yield entry("loss sums", "pp", "all_reduce", self.pp, sums)
+
+    def _size_entries(self, adversarial: AdversarialConfig, rows: int) -> Iterator[Entry]:
+        """The sizes of rows whose tokens are split: of gradients after each pass but the last, and of what they come to
+        where that is not cut value by value."""
+        each = 2 if adversarial.method == "freelb" and adversarial.norm == "l2" else 1
+        calls = each * (adversarial.passes - 1)
+        if calls:
+            yield entry("sizes of perturbations", "tp", "all_reduce", self.grid.tp, _SUMS_BYTES * rows, calls)
 
     def _gradients(self) -> list[list[tuple[Entry, ...]]]:
         """For each pipeline rank and each place on the tensor-parallel axis; equal shapes communicate alike."""

@@ -82,7 +82,13 @@ def gradients_of(
     model = make_model(prepared, parallel, pipeline, seed=config.run.seed, dtype=full)
     weights = Weights(model, parallel, dtype)
     losses = forward_backward(
-        model, prepared.objective, microbatches, seed=config.run.seed, step=step, pipeline=pipeline
+        model,
+        prepared.objective,
+        microbatches,
+        seed=config.run.seed,
+        step=step,
+        pipeline=pipeline,
+        adversarial=config.train.adversarial,
     )
     finish_gradients(weights)
     out = {LOSS: torch.tensor(losses.total, dtype=torch.float64), NORM: global_norm(weights).cpu()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megalm.config.schema import AdversarialConfig
 from megalm.model.language_model import LanguageModel
 from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.parallel.mesh import ParallelContext
@@ -22,6 +23,7 @@ from megalm.pipeline.lower import lower
 from megalm.pipeline.plan import Pipeline, serial_order
 from megalm.pipeline.run import run_order, unmarked
 from megalm.plugin.contract.objective import Term
+from megalm.train.adversarial import PREFIX, Perturbations, reported_apart, shares
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
 from megalm.train.preparation import prepare_microbatches
@@ -33,7 +35,10 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss of a step or an evaluation: the weighted total and each term's mean over what it scored, in nats."""
+    """Loss of a step or an evaluation: the weighted total and each term's mean over what it scored, in nats.
+
+    A step with FGM has its perturbed terms besides, under names that begin with ``adversarial.``.
+    """
 
     total: float
     terms: dict[str, float]
@@ -48,19 +53,21 @@ def forward_backward(
     step: int,
     pipeline: Pipeline | None = None,
     mark: Callable[[], None] = unmarked,
+    adversarial: AdversarialConfig | None = None,
 ) -> Losses:
     """Add the gradient of the step's loss to the parameters; finish_gradients then sums it over ranks.
 
     ``pipeline``: the one that the model's stages were cut for; default: one stage. ``mark``: called when an action of
-    this rank begins and when it ends.
+    this rank begins and when it ends, in the first pass over the microbatches. ``adversarial``: how the rows are
+    perturbed in further passes; what the objective prepares is the same in all, and trained once.
     """
     parallel = model.parallel
     scored = sum_counts(objective, microbatches, parallel)
-    sums = _Sums(objective, parallel.device)
+    sums = _Sums(objective, parallel.device, apart=reported_apart(adversarial))
 
-    def scaled(terms: dict[str, Term]) -> torch.Tensor | None:
-        sums.add(terms)
-        parts = [term.sum * _share(objective.weights[name], scored[name]) for name, term in terms.items()]
+    def scaled(terms: dict[str, Term], factor: float = 1.0, *, apart: bool = False) -> torch.Tensor | None:
+        sums.add(terms, factor, apart=apart)
+        parts = [term.sum * (factor * _share(objective.weights[name], scored[name])) for name, term in terms.items()]
         return torch.stack(parts).sum() if parts else None
 
     def prepared(microbatch: int, terms: dict[str, Term]) -> None:
@@ -78,13 +85,27 @@ def forward_backward(
         for each, rows in zip(tensors, microbatches, strict=True)
     ]
 
-    def loss(microbatch: int, hidden: torch.Tensor, batch: Microbatch) -> torch.Tensor | None:
-        terms = objective.loss(hidden, tensors[microbatch], model.context(batch))
-        objective.check_terms(terms, objective.counts(microbatches[microbatch].batch))
-        return scaled(terms)
-
+    passes = shares(adversarial)
+    perturbed = None
+    if adversarial is not None and model.has_first_stage:
+        features, dtype = model.spec.cfg.hidden_size, next(model.parameters()).dtype
+        perturbed = Perturbations(adversarial, batches, parallel, features, dtype)
     order = lower(serial_order(len(microbatches))) if pipeline is None else pipeline.verified.lowered
-    run_order(order, TrainingStages(model, batches, loss), parallel.pp, parallel.device, mark)
+    for number, factor in enumerate(passes):
+        apart, last = number > 0 and reported_apart(adversarial), number == len(passes) - 1
+
+        def loss(
+            microbatch: int, hidden: torch.Tensor, batch: Microbatch, factor: float = factor, apart: bool = apart
+        ) -> torch.Tensor | None:
+            terms = objective.loss(hidden, tensors[microbatch], model.context(batch))
+            objective.check_terms(terms, objective.counts(microbatches[microbatch].batch))
+            return scaled(terms, factor, apart=apart)
+
+        here = batches if perturbed is None else perturbed.batches(follow=not last)
+        stages = TrainingStages(model, here, loss)
+        run_order(order, stages, parallel.pp, parallel.device, unmarked if number else mark)
+        if perturbed is not None and not last:
+            perturbed.ascend()
     return sums.losses(scored, parallel)
 
 
@@ -130,20 +151,26 @@ def _share(weight: float, count: int) -> float:
 
 
 class _Sums:
-    """Sums of terms, kept on the device until they are asked for."""
+    """Sums of terms, kept on the device until they are asked for. ``apart``: some are kept beside the others."""
 
-    def __init__(self, objective: TrainingObjective, device: torch.device) -> None:
+    def __init__(self, objective: TrainingObjective, device: torch.device, *, apart: bool = False) -> None:
         self._weights = objective.weights
-        self._sums = torch.zeros(len(self._weights), dtype=torch.float64, device=device)
+        self._prepared = objective.needs.prepares.terms
+        self._sums = torch.zeros((2 if apart else 1, len(self._weights)), dtype=torch.float64, device=device)
 
-    def add(self, terms: dict[str, Term]) -> None:
+    def add(self, terms: dict[str, Term], factor: float = 1.0, *, apart: bool = False) -> None:
         for index, name in enumerate(self._weights):
             if name in terms:
-                self._sums[index] += terms[name].sum.detach()
+                self._sums[int(apart), index] += terms[name].sum.detach() * factor
 
     def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
         with phase("sum losses"):
             # Only ranks with the pipeline's last stage have added anything, and for what is prepared, the first.
             sums = parallel.pp.all_reduce(parallel.dp.all_reduce(self._sums)).tolist()
-        means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums, strict=True)}
-        return Losses(sum(self._weights[name] * mean for name, mean in means.items()), means)
+        means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums[0], strict=True)}
+        total = sum(self._weights[name] * mean for name, mean in means.items())
+        for name, s in zip(self._weights, sums[1] if len(sums) > 1 else (), strict=False):
+            if name not in self._prepared:
+                means[PREFIX + name] = _share(s, scored[name])
+                total += self._weights[name] * means[PREFIX + name]
+        return Losses(total, means)

@@ -231,6 +231,7 @@ class Trainer:
             step=step,
             pipeline=self.prepared.pipeline,
             mark=self.recorder.mark,
+            adversarial=self.config.train.adversarial,
         )
         finish_gradients(self.weights)
         norm = global_norm(self.weights).item()

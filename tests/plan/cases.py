@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 
 def plan_of(prepared: Prepared, grid: Grid) -> list[AlikeRanks]:
-    planner = Planner(prepared.spec, prepared.pipeline, grid, prepared.resolved.config.train.precision)
+    train = prepared.resolved.config.train
+    planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial)
     return planner.step(prepared.objective, lambda dp: (rows.tensors(CPU) for rows in step_rows(prepared, dp, grid.dp)))
 
 

@@ -24,6 +24,9 @@ from .cases import CPU, Case, PreparedRun, check, plan_of
 from .truth import assert_same, planned, simulated_evaluation
 
 ACCUMULATE = "train.micro_batch=2"
+FGM = 'train.adversarial={method="fgm", epsilon=0.5}'
+FREELB = 'train.adversarial={method="freelb", epsilon=0.5, step_size=0.1, steps=4}'
+LARGEST = 'train.adversarial={method="freelb", epsilon=0.5, step_size=0.1, steps=2, norm="linf"}'
 REPLACED = Case("bert", Grid(2, 2), ("train.objective=rtd", "objective.rtd.generator_width=0.5", ACCUMULATE))
 NAMED = [
     Case("gpt2", Grid(2, 1), ("model.layers=3", ACCUMULATE)),
@@ -58,6 +61,13 @@ NAMED = [
     Case("gpt2", Grid(2, 1, True), ("finetune.method=adapter", "finetune.adapter_size=5", "model.layers=2")),
     Case("bert", Grid(2, 1, True), ("finetune.method=frozen", "finetune.frozen_layers=1", "model.layers=3")),
     Case("bert", Grid(2, 2), ("finetune.method=frozen", ACCUMULATE)),
+    Case("bert", Grid(2, 2, True), (FGM, ACCUMULATE)),
+    Case("bert", Grid(2, 1, True), (FREELB, "train.micro_batch=4", "train.recompute=full")),
+    Case("gpt2", Grid(2, 1, True), (LARGEST, "train.precision=bfloat16", ACCUMULATE)),
+    Case("llama", Grid(2, 2), (FREELB, ACCUMULATE)),
+    Case("bert", Grid(2, 1), (FGM, "train.objective=rtd", "objective.rtd.generator_width=0.5")),
+    Case("bert", Grid(2, 1, True), (FGM, "finetune.method=frozen", "finetune.frozen_layers=1", "model.layers=3")),
+    Case("bert", Grid(2, 1, True), (FREELB, "finetune.method=frozen", "train.recompute=full")),
     Case(
         "bert",
         Grid(2, 1),

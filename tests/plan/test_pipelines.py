@@ -23,7 +23,7 @@ from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.prepare import Prepared
 
 from .cases import CPU, Case, PreparedRun, check, plan_of
-from .test_comm import SCORES, ThirdParty
+from .test_comm import FGM, FREELB, SCORES, ThirdParty
 from .truth import assert_same, planned, simulated_evaluation, simulated_step
 
 ONE, TWO = "train.micro_batch=1", "train.micro_batch=2"
@@ -50,6 +50,8 @@ NAMED = [
         run("zb-v", "train.objective=rtd", "objective.rtd.generator_width=0.5", "model.layers=4", TWO),
         2,
     ),
+    Case("bert", Grid(2, 1, True), run("zb-v", FGM, "model.layers=4", TWO), 2),
+    Case("gpt2", Grid(1, 2), run("1f1b", FREELB, "model.layers=3", ONE), 3),
     Case("gpt2", Grid(2), run("gpipe", "parallel.pp_virtual=2", "model.layers=2", TWO), 1),
 ]
 

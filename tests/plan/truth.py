@@ -34,7 +34,11 @@ Said = dict[Key, tuple[int, int, float]]
 """(rank, item, axis, operation) -> calls, payload, wire."""
 
 PARTS = ("embedding", "attention", "mlp")
-AFTER = {"sum overlaps": "rows that ranks share", "gradient norm": "gradient norm"}
+AFTER = {
+    "sum overlaps": "rows that ranks share",
+    "gradient norm": "gradient norm",
+    "perturbation": "sizes of perturbations",
+}
 GRADIENTS = {
     "dp": "data-parallel gradients",
     "ends": "tied embedding at both ends",
@@ -192,7 +196,13 @@ def simulated_step(prepared: Prepared, *, tp: int, pp: int, dp: int, sp: bool) -
         weights = Weights(model, parallel, dtype)
         rows = step_rows(prepared, parallel.dp.index, parallel.dp.size)
         forward_backward(
-            model, prepared.objective, rows, seed=config.run.seed, step=0, pipeline=prepared.pipeline
+            model,
+            prepared.objective,
+            rows,
+            seed=config.run.seed,
+            step=0,
+            pipeline=prepared.pipeline,
+            adversarial=config.train.adversarial,
         )
         finish_gradients(weights)
         global_norm(weights)
