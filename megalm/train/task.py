@@ -184,7 +184,7 @@ def _records(wanted: RecordsConfig, fields: Mapping[str, FieldSpec]) -> tuple[Re
     train = read(wanted.train, wanted.only)
     if wanted.validation or wanted.validation_only:
         validation = read(wanted.validation or wanted.train, wanted.validation_only)
-        return train, _chosen(validation, _drawn("evaluated records", validation))
+        return train, validation.take(_drawn("evaluated records", validation))
     held = round(len(train) * wanted.validation_share)
     if not 0 < held < len(train):
         raise DataError(
@@ -192,13 +192,9 @@ def _records(wanted: RecordsConfig, fields: Mapping[str, FieldSpec]) -> tuple[Re
             "train or to evaluate on; name files in data.records.validation"
         )
     order = _drawn("held-out records", train)
-    return _chosen(train, sorted(order[held:])), _chosen(train, order[:held])
+    return train.take(sorted(order[held:])), train.take(order[:held])
 
 
 def _drawn(site: str, records: Records) -> list[int]:
     order: list[int] = rng.generator(site, len(records)).permutation(len(records)).tolist()
     return order
-
-
-def _chosen(records: Records, order: list[int]) -> Records:
-    return Records([records.rows[i] for i in order], [records.places[i] for i in order])

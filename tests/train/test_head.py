@@ -133,6 +133,25 @@ def test_evaluation_is_the_mean_over_records(subject: HeadSubject) -> None:
     assert evaluate(model, subject.objective, rows).total == pytest.approx(expected, rel=1e-12)
 
 
+def test_rows_of_like_length_are_predicted_together(subject: HeadSubject) -> None:
+    """Short and long texts by turns: two batches, one of them narrow, and predictions in the records' order."""
+    head, widths = subject.make(), []
+    model, correct = serial_model(subject), head.predict
+
+    def watch(module: Any, hidden: Any, batch: Any, ctx: Any) -> list[Any]:
+        widths.append(batch["attention_mask"].shape[1])
+        return correct(module, hidden, batch, ctx)
+
+    records = [{"text": "ab"}, {"text": "abcdefghijklm"}] * 3
+    alone = [predict(model, subject.name, head, [record], micro_batch=1)[0] for record in records]
+    head.predict = watch  # type: ignore[method-assign]
+    together = predict(model, subject.name, head, records, micro_batch=3)
+    assert len(widths) == 2
+    assert min(widths) < max(widths)
+    for one, other in zip(alone, together, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"])
+
+
 def test_parts_are_rows_and_are_joined(subject: HeadSubject, tmp_path: Path) -> None:
     """A text in parts of five letters; what is predicted of each is joined, and a bad part names the file and line."""
     from megalm.data.labelled.read import read_records

@@ -54,6 +54,10 @@ class Records(Sequence[Record]):
             return Records(self.rows[index], self.places[index])
         return self.rows[index]
 
+    def take(self, order: Sequence[int]) -> Records:
+        """Those of these numbers, in this order, with their places."""
+        return Records([self.rows[i] for i in order], [self.places[i] for i in order])
+
     def where(self, index: int) -> str:
         """File and lines of a record, for messages."""
         return str(self.places[index])
