@@ -1,7 +1,6 @@
-// Rows from a file that is mapped into a tensor's columns. A store brings its cache line into the cache first, which is
-// a third of a copy's traffic and of no use to a line that is overwritten whole: so those are streamed past the cache,
-// as the kernel does when it reads a file into one piece of memory. Without SSE2 (which every x86-64 has) rows are
-// copied as memcpy does it.
+// Rows from a file that is mapped, into a tensor: columns of a matrix, or one run of elements as one row. A store brings
+// its cache line into the cache first, which is a third of a copy's traffic and of no use to a line that is overwritten
+// whole: so those are streamed past the cache. Without SSE2 (which every x86-64 has) rows are copied as memcpy does it.
 #include "helpers/rows.h"
 
 #include <cstring>

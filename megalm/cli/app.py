@@ -24,6 +24,7 @@ from megalm.cli.new_plugin import new_plugin
 from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
 from megalm.cli.predict import predict
+from megalm.cli.prune import prune
 from megalm.cli.schedule import schedule
 from megalm.errors import UsageError
 
@@ -46,6 +47,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(merge)
+app.command()(prune)
 app.add_typer(
     typer.Typer(
         name="data",

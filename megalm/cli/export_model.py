@@ -50,23 +50,16 @@ def hf(
     """Write a checkpoint as a folder that transformers loads.
 
     It is loaded with transformers, and its logits compared, before it appears."""
-    from megalm.data.tokenizer import tokenizer_from_spec
+    from megalm.cli.checkpoints import open_checkpoint
     from megalm.hf.compare import TOLERANCE
     from megalm.hf.exporting import export_hf
     from megalm.hf.files import parse_size
     from megalm.plugin.manager import PluginManager
-    from megalm.train.stored import find_checkpoint, open_stored
 
     size = parse_size(max_shard_size)
     manager = PluginManager.for_launch(names(plugins))
-    folder, complaints = find_checkpoint(checkpoint)
-    for complaint in complaints:
-        typer.echo(f"megalm: damaged checkpoint passed over: {complaint}", err=True)
-    chosen = None
-    if tokenizer is not None:
-        chosen = tokenizer_from_spec(tokenizer, lambda name: manager.load_class("tokenizers", name))
     made = export_hf(
-        open_stored(folder, manager, chosen),
+        open_checkpoint(checkpoint, manager, tokenizer),
         out,
         dtype=None if dtype is None else dtype.value,
         max_shard_bytes=size,

@@ -176,7 +176,7 @@ def _prepare(
     batch: int,
     json: bool,
 ) -> _Job:
-    from megalm.data.tokenizer import tokenizer_from_spec
+    from megalm.cli.checkpoints import open_checkpoint
     from megalm.errors import LayoutError, UsageError
     from megalm.model.spec import tensor_parallel_problems
     from megalm.optim.weights import DTYPES
@@ -184,17 +184,10 @@ def _prepare(
     from megalm.plugin.manager import PluginManager
     from megalm.train.generate import check_prompts
     from megalm.train.sampling import Sampling
-    from megalm.train.stored import find_checkpoint, open_stored
 
     drawing = Sampling(**sampling)
     manager = PluginManager.for_launch(only)
-    folder, complaints = find_checkpoint(checkpoint)
-    for complaint in complaints:
-        typer.echo(f"megalm: damaged checkpoint passed over: {complaint}", err=True)
-    chosen = None
-    if tokenizer is not None:
-        chosen = tokenizer_from_spec(tokenizer, lambda name: manager.load_class("tokenizers", name))
-    stored = open_stored(folder, manager, chosen, required=True)
+    stored = open_checkpoint(checkpoint, manager, tokenizer, required=True)
     spec = stored.spec
     precision = precision or stored.resolved.config.train.precision
     if precision not in DTYPES:

@@ -86,23 +86,16 @@ def open_both(
     plugins: list[str] | None,
 ) -> Opened:
     """The head of a checkpoint and the records of files; UsageError where either will not do."""
+    from megalm.cli.checkpoints import open_checkpoint
     from megalm.data.labelled.read import FORMATS, read_records
-    from megalm.data.tokenizer import tokenizer_from_spec
     from megalm.errors import UsageError
     from megalm.plugin.manager import PluginManager
     from megalm.train.scoring import stored_head
-    from megalm.train.stored import find_checkpoint, open_stored
 
     if format is not None and format not in FORMATS:
         raise UsageError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     manager = PluginManager.for_launch(plugins)
-    folder, complaints = find_checkpoint(checkpoint)
-    for complaint in complaints:
-        typer.echo(f"megalm: damaged checkpoint passed over: {complaint}", err=True)
-    chosen = None
-    if tokenizer is not None:
-        chosen = tokenizer_from_spec(tokenizer, lambda name: manager.load_class("tokenizers", name))
-    stored = open_stored(folder, manager, chosen, required=True)
+    stored = open_checkpoint(checkpoint, manager, tokenizer, required=True)
     name, head = stored_head(stored)
     records = read_records(
         data,

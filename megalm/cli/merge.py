@@ -20,14 +20,11 @@ def merge(
 
     The new checkpoint is of the plain model: to train on from, generate with, or export. That it computes the same is
     checked before it appears."""
+    from megalm.cli.checkpoints import open_checkpoint
     from megalm.plugin.manager import PluginManager
     from megalm.train.merge import merge_lora
-    from megalm.train.stored import find_checkpoint, open_stored
 
-    manager = PluginManager.for_launch(names(plugins))
-    folder, complaints = find_checkpoint(checkpoint)
-    for complaint in complaints:
-        typer.echo(f"megalm: damaged checkpoint passed over: {complaint}", err=True)
-    made = merge_lora(open_stored(folder, manager), out, overwrite=overwrite)
+    stored = open_checkpoint(checkpoint, PluginManager.for_launch(names(plugins)))
+    made = merge_lora(stored, out, overwrite=overwrite)
     typer.echo(f"verified: hidden vectors differ by {made.difference:.1e} of the largest element")
     typer.echo(f"folder  {made.folder} ({made.products} weights with their products added)")

@@ -377,6 +377,8 @@ class FinetuneConfig(Settings):
     ``{"plugins.sequence_classification.pooler" = "classifiers.pooler"}``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The learning rate of a layer is that of the one above it times this; heads have ``train.lr``. 1: all alike."""
+    keep_zeros: bool = False
+    """Weights of the layers' matrices that are zero in the checkpoint, as ``megalm prune`` leaves them, stay zero."""
     metric: str | None = None
     """What evaluations (``eval.every``) are compared by: ``loss``, a term as ``terms.NAME``, or a head's metric as
     ``metrics.NAME``; default: a head's first metric, else the loss."""

@@ -7,7 +7,6 @@ values, and what the model lacks of the folder is kept beside it, so that an exp
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 
+from megalm.checkpoint.alone import save_alone
 from megalm.checkpoint.manifest import MANIFEST
-from megalm.checkpoint.save import save_checkpoint
-from megalm.checkpoint.state import TrainingState
 from megalm.config import toml
 from megalm.config.load import load_config
 from megalm.config.schema import ModelConfig
@@ -120,10 +118,7 @@ def import_hf(
             "config": resolved.as_dict(),
             KEY: origin.model_dump(),
         }
-        made = save_checkpoint(folder / "new", 0, TrainingState(weights, [], {}), state, single_rank(), 1)
-        for path in made.iterdir():
-            path.rename(folder / path.name)
-        shutil.rmtree(made.parent)
+        save_alone(folder, 0, weights, state)
         (folder / FOLDER).mkdir()
         files.copy_files(source, folder / FOLDER, (files.CONFIG, files.GENERATION))
         if tokenizer is not None and _is_its_own(source, tokenizer[1]):

@@ -31,6 +31,7 @@ class Tuning:
     also_train: tuple[str, ...] = ()
     """Patterns of parameters that train besides."""
     layer_decay: float = 1.0
+    keep_zeros: bool = False
 
     @classmethod
     def of(cls, cfg: FinetuneConfig) -> Tuning:
@@ -43,6 +44,7 @@ class Tuning:
             adapter_size=cfg.adapter_size if cfg.method == "adapter" else None,
             also_train=tuple(cfg.also_train),
             layer_decay=cfg.layer_decay,
+            keep_zeros=cfg.keep_zeros,
         )
 
     def trains(self, name: str) -> bool:
@@ -92,6 +94,11 @@ class Tuning:
                 f"finetune.lora_targets: this model's layers have no projection {target}, but {', '.join(has)}"
                 for target in sorted(self.lora.targets - set(has))
             ]
+        if self.keep_zeros and self.method not in ("full", "frozen"):
+            found.append(
+                f'finetune.keep_zeros goes with finetune.method = "full" or "frozen"; found "{self.method}", which '
+                "leaves the weights as they are"
+            )
         if not any(map(self.trains, names)):
             found.append(
                 f'finetune.method = "{self.method}" leaves nothing of this model to train; choose another, lower '

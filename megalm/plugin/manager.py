@@ -149,6 +149,10 @@ class PluginManager:
         component = self.get(kind, name)
         return self.check_class(kind, component, self.load_component(component))
 
+    def tokenizer_class(self, name: str) -> Any:
+        """:meth:`load_class` of a tokenizer, as those who read one from a folder ask for it."""
+        return self.load_class("tokenizers", name)
+
     def check_class(self, kind: str, component: Component, value: Any) -> Any:
         """``value`` if it subclasses the contract of ``kind``, or ``kind`` has none; else PluginError."""
         if kind not in CONTRACTS:

@@ -68,7 +68,7 @@ def make_store(
     """
     chosen = manager or PluginManager.for_launch(None)
     source = text or write_text(folder / "text.txt", documents=documents, seed=seed)
-    component, built = tokenizer_from_spec(tokenizer, lambda name: chosen.load_class("tokenizers", name))
+    component, built = tokenizer_from_spec(tokenizer, chosen.tokenizer_class)
     prepare([source], built, folder / "data", component=component, validation=0.2)
     return folder / "data"
 

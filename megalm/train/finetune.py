@@ -44,7 +44,7 @@ class Differences:
 
 def tuning_problems(spec: ModelSpec) -> list[str]:
     """What of ``[finetune]`` this model does not admit; empty where all is well."""
-    if spec.tuning.method == "none":
+    if spec.tuning.method == "none" and not spec.tuning.keep_zeros:
         return []
     return spec.tuning.problems(parameter_names(spec), spec.cfg.layers, spec.projections())
 

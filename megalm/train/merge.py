@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 
+from megalm.checkpoint.alone import save_alone
 from megalm.checkpoint.manifest import MANIFEST
-from megalm.checkpoint.save import save_checkpoint
-from megalm.checkpoint.state import TrainingState
 from megalm.data.folder import new_folder
-from megalm.data.store import TOKENIZER_FOLDER
-from megalm.data.tokenizer import save_tokenizer
 from megalm.errors import CheckpointError
 from megalm.files import write_text
 from megalm.model.language_model import LanguageModel
@@ -27,7 +24,7 @@ from megalm.nn.microbatch import make_microbatch
 from megalm.nn.module import fill_from_logical, logical_pieces, materialise
 from megalm.parallel import rng
 from megalm.parallel.mesh import single_rank
-from megalm.train.stored import Stored
+from megalm.train.stored import Stored, keep_tokenizer
 
 MARK = "merged.txt"
 """File of a merged checkpoint that says what it is of."""
@@ -61,7 +58,8 @@ def merge_lora(stored: Stored, out: Path, *, overwrite: bool = False) -> Merged:
     (dtype,) = {record.dtype for record in stored.manifest.weights.values()}
     one = single_rank()
     tuned = stored.model(one, dtype)
-    tensors = merge_tensors(_logical(tuned), tuning.lora.scale)
+    before = _logical(tuned)
+    tensors = merge_tensors(before, tuning.lora.scale)
     spec = replace(stored.spec, tuning=NO_TUNING)
     plain = LanguageModel(spec, one)
     materialise(plain, one, None, getattr(torch, dtype))
@@ -76,17 +74,10 @@ def merge_lora(stored: Stored, out: Path, *, overwrite: bool = False) -> Merged:
     state["config"] = {**state["config"], "finetune": {"method": NO_TUNING.method}}
     pieces = [piece for _, _, items in logical_pieces(plain, one) for piece in items]
     with new_folder(out, overwrite=overwrite, is_ours=is_merged, what="merged checkpoint") as folder:
-        made = save_checkpoint(folder / "new", stored.manifest.step, TrainingState(pieces, [], {}), state, one, 1)
-        for path in made.iterdir():
-            path.rename(folder / path.name)
-        for left in (folder / "new").iterdir():
-            left.rmdir() if left.is_dir() else left.unlink()
-        (folder / "new").rmdir()
-        if stored.component is not None:
-            (folder / TOKENIZER_FOLDER).mkdir()
-            save_tokenizer(stored.tokenizer, stored.component, folder / TOKENIZER_FOLDER)
+        save_alone(folder, stored.manifest.step, pieces, state)
+        keep_tokenizer(stored, folder)
         write_text(folder / MARK, f"{stored.folder} with its low-rank products added to its weights\n")
-    return Merged(out, sum(name.endswith(f".{A}") for name in _logical(tuned)), difference)
+    return Merged(out, sum(name.endswith(f".{A}") for name in before), difference)
 
 
 def is_merged(folder: Path) -> bool:

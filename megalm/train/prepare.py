@@ -215,7 +215,7 @@ def _open_corpus(resolved: Resolved, manager: PluginManager) -> _Opened:
     make_room(len(config.data.blend))
     validation = _open(config.data, "validation")
     first = Path(config.data.paths[0]) / TOKENIZER_FOLDER
-    component, tokenizer = load_tokenizer(first, lambda name: manager.load_class("tokenizers", name))
+    component, tokenizer = load_tokenizer(first, manager.tokenizer_class)
     source = _source(resolved, manager)
     train = _open(config.data, "train") if source is None else _opened(source, config.data, tokenizer)
     for store in (*stores_of(train), *stores_of(validation)):

@@ -21,7 +21,7 @@ from megalm.checkpoint.state import TrainingState
 from megalm.config import toml
 from megalm.config.load import Resolved, load_config
 from megalm.data.store import TOKENIZER_FOLDER
-from megalm.data.tokenizer import DESCRIPTOR, load_tokenizer
+from megalm.data.tokenizer import DESCRIPTOR, load_tokenizer, save_tokenizer
 from megalm.errors import CheckpointError, TokenizerError
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec, resolve_model
@@ -194,9 +194,16 @@ def objective_and_spec(
     return objective, resolve_model(resolved.config, objective.needs, tokenizer.vocab_size)
 
 
+def keep_tokenizer(stored: Stored, folder: Path) -> None:
+    """Write its tokenizer, if it is known, beside a checkpoint that is made of it."""
+    if stored.component is not None:
+        (folder / TOKENIZER_FOLDER).mkdir()
+        save_tokenizer(stored.tokenizer, stored.component, folder / TOKENIZER_FOLDER)
+
+
 def nearby_tokenizer(folder: Path, resolved: Resolved, manager: PluginManager) -> tuple[str, Tokenizer] | None:
     """The tokenizer that lies with a checkpoint, its run, or its run's data."""
     for place in (folder, folder.parent.parent, *map(Path, resolved.config.data.paths)):
         if (place / TOKENIZER_FOLDER / DESCRIPTOR).is_file():
-            return load_tokenizer(place / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
+            return load_tokenizer(place / TOKENIZER_FOLDER, manager.tokenizer_class)
     return None

@@ -164,7 +164,7 @@ def _tokenizer(
     wanted: RecordsConfig, folder: Path, manifest: Manifest, manager: PluginManager
 ) -> tuple[str, Tokenizer]:
     if wanted.tokenizer is not None:
-        return tokenizer_from_spec(wanted.tokenizer, lambda name: manager.load_class("tokenizers", name))
+        return tokenizer_from_spec(wanted.tokenizer, manager.tokenizer_class)
     found = nearby_tokenizer(folder, model_configuration(manifest.state.get("config", {}), manager), manager)
     if found is None:
         raise TokenizerError(f"{folder}: its tokenizer does not lie with it; name it as data.records.tokenizer")

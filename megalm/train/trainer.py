@@ -26,6 +26,7 @@ from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.module import materialise
 from megalm.optim.gradients import clip_gradients, finish_gradients, first_not_finite, global_norm
 from megalm.optim.weights import DTYPES, Weights
+from megalm.optim.zeros import KeptZeros, kept_zeros
 from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.phase import phase
 from megalm.plugin.contract.callback import RunInfo
@@ -88,6 +89,7 @@ class Trainer:
         )
         self.preemption = Preemption(kept.preemption_deadline, self._last_word)
         self.best = Best(self.config, {} if prepared.task is None else prepared.task.head.goals())
+        self.zeros: KeptZeros | None = None
         self.warnings: list[str] = []
         self.inherited: dict[str, Any] = {}
         """What a checkpoint remembers of where its model came from, and hands on."""
@@ -112,6 +114,8 @@ class Trainer:
             self._inherit(start)
             start = None
         done = 0 if start is None else self._load(start)
+        if self.config.finetune.keep_zeros:
+            self.zeros = kept_zeros(self.weights, self.console.message)
         steps = self.config.train.steps
         self.best.recall(self.metrics.path, done, self.parallel)
         stopped = self.best.stop is not None
@@ -234,6 +238,8 @@ class Trainer:
             adversarial=self.config.train.adversarial,
         )
         finish_gradients(self.weights)
+        if self.zeros is not None:
+            self.zeros.stop()
         norm = global_norm(self.weights).item()
         self._check_finite(step, losses, norm)
         self.prepared.manager.hook.megalm_grads_ready(run=info, step=step + 1, grad_norm=norm)

@@ -71,7 +71,7 @@ def folder(tmp_path: Path, byte_json: str) -> Folder:
 
 def own_tokenizer(path: Path, manager: PluginManager) -> tuple[str, Tokenizer]:
     """The tokenizer of a folder."""
-    return tokenizer_from_spec(f"hf:{path / 'tokenizer.json'}", lambda name: manager.load_class("tokenizers", name))
+    return tokenizer_from_spec(f"hf:{path / 'tokenizer.json'}", manager.tokenizer_class)
 
 
 def draw_settings(kind: str, draw: random.Random) -> tuple[str, dict[str, Any]]:

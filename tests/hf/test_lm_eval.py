@@ -59,7 +59,7 @@ def test_likelihoods(
     lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     source = folder("source", *draw_settings(kind, random.Random(kind)))
-    tokenizer = tokenizer_from_spec("byte", lambda name: manager.load_class("tokenizers", name))
+    tokenizer = tokenizer_from_spec("byte", manager.tokenizer_class)
     import_hf(source, tmp_path / "in", manager, tokenizer=tokenizer)
     stored = open_stored(tmp_path / "in", manager)
     # As if it had been trained here: nothing of the folder is handed on.

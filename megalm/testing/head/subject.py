@@ -92,7 +92,7 @@ class HeadSubject(ObjectiveSubject):
         section = ("head", component.name)
         settings = settings_from_pairs(cls.Config, section, f"plugin {component.plugin}", self._settings)
         _, tokenizer = load_tokenizer(
-            self._store / TOKENIZER_FOLDER, lambda name: self.manager.load_class("tokenizers", name)
+            self._store / TOKENIZER_FOLDER, self.manager.tokenizer_class
         )
         chosen = self.labels if labels is None else tuple(labels)
         head: Head = cls(settings, HeadEnv(tokenizer, self.sequence_length, chosen, self.attention))

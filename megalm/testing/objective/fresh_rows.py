@@ -59,7 +59,7 @@ def main() -> None:
     manager = PluginManager.for_launch(job["plugins"])
     resolved = load_config(Path(config), [], manager)
     data, train = Path(resolved.config.data.paths[0]), resolved.config.train
-    _, tokenizer = load_tokenizer(data / TOKENIZER_FOLDER, lambda name: manager.load_class("tokenizers", name))
+    _, tokenizer = load_tokenizer(data / TOKENIZER_FOLDER, manager.tokenizer_class)
     objective = build_objective(resolved, manager, ObjectiveEnv(tokenizer, train.sequence_length))
     corpus = TokenStore.open(data, "train")
     found = list(digests(objective, corpus, resolved.config.run.seed, job["numbers"]))

@@ -110,7 +110,7 @@ class ObjectiveSubject:
                 Path(folder), self._store, objective=self.name, overrides=self._overrides(), manager=self.manager
             )
         _, tokenizer = load_tokenizer(
-            self._store / TOKENIZER_FOLDER, lambda name: self.manager.load_class("tokenizers", name)
+            self._store / TOKENIZER_FOLDER, self.manager.tokenizer_class
         )
         return build_objective(resolved, self.manager, ObjectiveEnv(tokenizer, self.sequence_length)).needs
 
