@@ -1,12 +1,13 @@
 """Attention over whole rows: torch's fused kernels, and a reference that drops probabilities by address.
 
 SDPA draws its dropout from the generator's stream, which depends on the layout; so with attention dropout the reference
-runs instead, its mask addressed by (slot, view, query position) with (head, key) as the feature.
+runs instead, its mask addressed by slot, view, query, head and key.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -79,15 +80,45 @@ def attention_with_dropout(
     kernels: Kernels,
 ) -> torch.Tensor:
     """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
-    batch, heads, length, dim = q_BNSD.shape
+    heads, length, dim = q_BNSD.shape[1:]
     scores = q_BNSD @ k_BNSD.transpose(-1, -2)
     if causal and prefix_B is not None:
         # Finite, so that a query of padding, which may attend to nothing, has no NaN.
         scores = scores.masked_fill(~prefix_mask(prefix_B, length), torch.finfo(scores.dtype).min)
         causal = False
     probabilities = kernels.masked_softmax(scores, mask_BS, scale=1 / math.sqrt(dim), causal=causal)
+    where = key_blocks(address, length)
     dropped = [
-        kernels.dropout(probabilities[:, h].reshape(batch * length, length), p, address, f"{site}.head{first_head + h}")
-        for h in range(heads)
+        _drop_blocks(probabilities[:, h], p, where, f"{site}.head{first_head + h}", kernels) for h in range(heads)
     ]
-    return torch.stack([d.view(batch, length, length) for d in dropped], dim=1) @ v_BNSD
+    return torch.stack(dropped, dim=1) @ v_BNSD
+
+
+KEYS = 32
+"""Keys whose draws are numbered together, one block of them after the other. So the draw for a query and a key does not
+depend on how long the row is made, as it would if a query's draws followed those of the query before it."""
+_APART = 1 << 32
+"""More than any row has queries: how far apart the numbers of two blocks lie."""
+
+
+def key_blocks(address: DropoutAddress, length: int) -> DropoutAddress:
+    """Where the rows of an attention's probabilities lie once they are cut into blocks of keys: for each row of tokens
+    the queries with its first :data:`KEYS` keys, then with the next."""
+    blocks = -(-length // KEYS)
+    spans = tuple(
+        replace(span, start=block * _APART + span.start, stop=block * _APART + span.stop)
+        for span in address.spans
+        for block in range(blocks)
+    )
+    return replace(address, spans=spans)
+
+
+def _drop_blocks(
+    probabilities_BSS: torch.Tensor, p: float, where: DropoutAddress, site: str, kernels: Kernels
+) -> torch.Tensor:
+    batch, length, _ = probabilities_BSS.shape
+    blocks = -(-length // KEYS)
+    padded = F.pad(probabilities_BSS, (0, blocks * KEYS - length)).view(batch, length, blocks, KEYS)
+    dropped: torch.Tensor = kernels.dropout(padded.transpose(1, 2).reshape(-1, KEYS), p, where, site)
+    whole = dropped.view(batch, blocks, length, KEYS).transpose(1, 2).reshape(batch, length, blocks * KEYS)
+    return whole[:, :, :length]

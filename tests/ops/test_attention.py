@@ -13,7 +13,7 @@ from megalm.nn.attention import Attention
 from megalm.nn.microbatch import make_microbatch
 from megalm.nn.module import materialise
 from megalm.ops.attention import attention, attention_with_dropout
-from megalm.ops.dropout import DropoutAddress, draws16, row_spans
+from megalm.ops.dropout import DropoutAddress, Span, draws16, row_spans
 from megalm.ops.kernels import PLAIN
 from megalm.parallel.layout import Init
 from megalm.parallel.mesh import single_rank
@@ -57,6 +57,19 @@ def qkv(seed: int) -> list[torch.Tensor]:
     return [torch.randn(B, N, S, D, dtype=torch.float64) for _ in range(3)]
 
 
+def draws(address: DropoutAddress, site: str, length: int = S) -> torch.Tensor:
+    """(rows, queries, keys): of query q and key k that of feature k % 32 at position k // 32 * 2^32 + q."""
+    rows = []
+    for span in address.spans:
+        at = [(key // 32 * 2**32 + query, key % 32) for query in range(length) for key in range(length)]
+        found = {}
+        for place, _ in at:
+            one = DropoutAddress(address.seed, address.step, (Span(span.slot, span.view, place, place + 1),))
+            found.setdefault(place, draws16(one, site, 32, torch.device("cpu"))[0].tolist())
+        rows.append(torch.tensor([found[place][feature] for place, feature in at]).view(length, length))
+    return torch.stack(rows)
+
+
 CASES = [(True, None), (False, None), (False, torch.tensor([[True, True, False, True, False], [True] * 5]))]
 
 
@@ -76,7 +89,7 @@ def test_with_dropout_equals_loops(causal: bool, mask: torch.Tensor | None, p: f
         q, k, v, causal=causal, mask_BS=mask, p=p, address=address, site=SITE, first_head=2, kernels=PLAIN
     )
     threshold = round(p * 65536)
-    heads = [draws16(address, f"{SITE}.head{2 + n}", S, q.device).view(B, S, S) >= threshold for n in range(N)]
+    heads = [draws(address, f"{SITE}.head{2 + n}") >= threshold for n in range(N)]
     keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - threshold)
     torch.testing.assert_close(found, naive(q, k, v, causal, mask, keep), rtol=1e-12, atol=1e-12)
 
@@ -90,7 +103,7 @@ def test_a_prefix_is_seen_by_all(prefix: list[int], mask: torch.Tensor | None) -
     found = attention(q, k, v, causal=True, mask_BS=mask, prefix_B=first)
     torch.testing.assert_close(found, naive(q, k, v, True, mask, prefix=first), rtol=1e-12, atol=1e-12)
     address = DropoutAddress(3, 4, row_spans([6, 9], S, 0, B * S))
-    heads = [draws16(address, f"{SITE}.head{n}", S, q.device).view(B, S, S) >= 26214 for n in range(N)]
+    heads = [draws(address, f"{SITE}.head{n}") >= 26214 for n in range(N)]
     keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - 26214)
     dropped = attention_with_dropout(
         q,
@@ -157,3 +170,18 @@ def test_grouped_queries_read_their_key_head(kv_heads: int, group: int, seed: in
     mixed = naive(q, k, v, True, None).transpose(1, 2).reshape(B * S, heads * D)
     found = layer(x, make_microbatch({"tokens": torch.zeros(B, S, dtype=torch.int64)}, one))
     torch.testing.assert_close(found, mixed @ layer.out.weight.t(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kept", [5, 31, 33, 40, 64, 70])
+def test_what_is_dropped_does_not_depend_on_how_long_rows_are_made(kept: int) -> None:
+    """Rows of so many tokens, padded to 96 and to no more than they need."""
+    torch.manual_seed(5)
+    whole = torch.randn(3, B, N, 96, 4, dtype=torch.float64)
+    found = []
+    for length in (96, kept):
+        q, k, v = whole[:, :, :, :length]
+        mask = (torch.arange(length) < kept).expand(B, length)
+        address = DropoutAddress(3, 4, row_spans([6, 9], length, 0, B * length))
+        given = {"causal": False, "mask_BS": mask, "p": 0.4, "address": address, "site": SITE, "first_head": 0}
+        found.append(attention_with_dropout(q, k, v, **given, kernels=PLAIN)[:, :, :kept])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -131,16 +131,12 @@ def test_steps_are_the_same_for_every_layout_and_wherever_one_begins(tune: Any) 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {"dp": 3}, {"pp": 2}, {"tp": 3, "sp": True}], ids=str)
 def test_layouts_have_the_same_gradients(tune: Any, layout: dict[str, Any]) -> None:
-    """Dropout of attention included, which numbers its draws by the length of rows."""
+    """Dropout of attention included, though a layout may need longer rows than another."""
     expected = loss_and_gradients(tune(), single_rank(), step=1)
     world = int(np.prod([size for name, size in layout.items() if name != "sp"]))
     axes = [f"parallel.{axis}={str(size).lower()}" for axis, size in layout.items() if axis != "dp"]
     prepared = tune(*axes, "train.micro_batch=2", world_size=world)
     pipeline = prepared.pipeline if "pp" in layout else None
-    # Where tp divides rows of another length, draws of attention are others.
-    if layout.get("tp") == 3:
-        off = "model.attention_dropout=0"
-        prepared, expected = tune(*axes, off, world_size=world), loss_and_gradients(tune(off), single_rank(), step=1)
 
     def rank(parallel: Any) -> Any:
         return loss_and_gradients(prepared, parallel, step=1, pipeline=pipeline)
