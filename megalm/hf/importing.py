@@ -100,7 +100,7 @@ def import_hf(
         (folder / RUN).write_text(run, encoding="utf-8")
         resolved = load_config(folder / RUN, [], manager)
         trained, spec = objective_and_spec(resolved, manager, known)
-        _check_needs(chosen, trained.needs.attention, causal, spec, settings)
+        _check_needs(chosen, trained.attention, causal, spec, settings)
         agreements: list[Agreement] = []
         if verify:
             wide = {name: tensor.float() for name, tensor in read.tensors.items()}

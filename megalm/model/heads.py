@@ -73,6 +73,16 @@ class LMHead(ParallelModule):
     ) -> torch.Tensor:
         """Cross-entropy (n,) of each token, or of those where ``where_T`` is true."""
         chosen = None if where_T is None else where_T.nonzero().squeeze(1)
+        return self._cross_entropy(self._entered(hidden, chosen), _select(labels_T, chosen), embedding)
+
+    def side(
+        self, hidden: torch.Tensor, where_T: torch.Tensor, embedding: VocabParallelEmbedding | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Vectors (n, H) of the tokens where ``where_T`` is true, in a tensor region, and the rows of the vocabulary
+        with their bias that they meet on this rank."""
+        return self._entered(hidden, where_T.nonzero().squeeze(1)), self.matrix(embedding), self.bias
+
+    def _entered(self, hidden: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
         if self.transform is None and self.parallel.sp:
             # One gather serves: its adjoint sums the vocabulary shards' parts and scatters them in the same operation.
             h_TH = _select(enter_tensor_region(hidden, self.parallel), chosen)
@@ -80,7 +90,7 @@ class LMHead(ParallelModule):
             h_TH = _select(replicate_tokens(hidden, self.parallel), chosen)
             h_TH = h_TH if self.transform is None else self.transform(h_TH)
             h_TH = copy_to_tensor_region(h_TH, self.parallel.tp)
-        return self._cross_entropy(h_TH, _select(labels_T, chosen), embedding)
+        return h_TH
 
     def vector_losses(
         self,

@@ -15,9 +15,10 @@ from megalm.model.modules import PluginModules
 from megalm.model.spec import ModelSpec
 from megalm.model.stages import Stage, whole_model
 from megalm.nn.embedding import VocabParallelEmbedding
-from megalm.nn.microbatch import Microbatch
+from megalm.nn.microbatch import Microbatch, make_microbatch
 from megalm.nn.module import layouts
 from megalm.ops.contrastive import contrastive_cross_entropy
+from megalm.ops.distillation import distillation_loss
 from megalm.ops.dropout import DropoutAddress
 from megalm.parallel.collectives import gather_rows, replicate_tokens
 from megalm.parallel.layout import logical_name
@@ -32,6 +33,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.parallel = parallel
+        self._teacher: tuple[LanguageModel, ...] = ()
         self.stages = {stage.number: stage for stage in stages or [whole_model(spec)]}
         last = any(stage.last for stage in self.stages.values())
         self.has_first_stage = any(stage.first for stage in self.stages.values())
@@ -53,15 +55,28 @@ class LanguageModel(nn.Module):
         hidden: torch.Tensor = self.backbone(batch, self.stages[stage], x)
         return hidden
 
-    def context(self, batch: Microbatch) -> ModelLossContext:
-        """The context for the loss of one microbatch."""
-        return ModelLossContext(self, batch)
+    def context(self, batch: Microbatch, taught: torch.Tensor | None = None) -> ModelLossContext:
+        """The context for the loss of one microbatch. ``taught``: the teacher's hidden vectors, where there is one and
+        it is not to be asked now, as it can be where all stages are here."""
+        if taught is None and self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(make_microbatch(batch.tensors, self.parallel))
+        return ModelLossContext(self, batch, taught)
 
     def prepare_context(self, batch: Microbatch, address: DropoutAddress) -> ModelPrepareContext:
         """The context for the preparation of one microbatch, on a rank with the first stage; ``address``: of what is
         drawn at its tokens."""
         assert isinstance(self.backbone.embedding, Embedding)
         return ModelPrepareContext(self.auxiliary, self.backbone.embedding, batch, address)
+
+    @property
+    def teacher(self) -> LanguageModel | None:
+        """The model that this one is compared with. It is none of its parts: nothing trains or saves it."""
+        return self._teacher[0] if self._teacher else None
+
+    def learn_from(self, teacher: LanguageModel) -> None:
+        """Set :attr:`teacher`. (Assigned to an attribute it would become a part.)"""
+        self._teacher = (teacher,)
 
     @property
     def token_embedding(self) -> VocabParallelEmbedding | None:
@@ -102,9 +117,10 @@ class ModelLossContext:
     from it is the same on every rank of the axis, and so is the gradient that comes back.
     """
 
-    def __init__(self, model: LanguageModel, batch: Microbatch) -> None:
+    def __init__(self, model: LanguageModel, batch: Microbatch, taught: torch.Tensor | None = None) -> None:
         self._model = model
         self._batch = batch
+        self._taught = taught
 
     def lm_loss(self, hidden: torch.Tensor, labels: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
         head = self._model.lm_head
@@ -136,6 +152,18 @@ class ModelLossContext:
     def full_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         whole = replicate_tokens(hidden, self._model.parallel)
         return whole.view(self._batch.rows, self._batch.length, -1)
+
+    def distill_loss(self, hidden: torch.Tensor, where: torch.Tensor, temperature: float) -> torch.Tensor:
+        teacher, head = self._model.teacher, self._model.lm_head
+        if teacher is None or teacher.lm_head is None or head is None or self._taught is None:
+            raise ValueError("distill_loss compares two vocabulary heads; declare teacher and lm_head in Needs")
+        chosen = where.reshape(-1)
+        with torch.no_grad():
+            said = teacher.lm_head.side(self._taught, chosen, teacher.token_embedding)
+        own = head.side(hidden, chosen, self._model.token_embedding)
+        return distillation_loss(
+            own, said, self._model.parallel.tp, temperature=temperature, vocab_size=head.vocab_size
+        )
 
     def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return replicate_tokens(hidden, self._model.parallel)[where.reshape(-1)]

@@ -64,6 +64,8 @@ def make_model(
     stages = None if pipeline is None else pipeline.stages_of(parallel.pp.index)
     model = LanguageModel(prepared.spec, parallel, stages)
     materialise(model, parallel, seed, dtype)
+    if prepared.teacher is not None:
+        prepared.teacher.attach(model, str(dtype).removeprefix("torch."), pipeline)
     return model
 
 

@@ -13,6 +13,7 @@ from megalm.parallel import rng
 from megalm.plugin.contract.modules import ModuleBuilder
 from megalm.plugin.contract.objective import (
     IGNORE,
+    Attention,
     AuxModel,
     Batch,
     Corpus,
@@ -74,7 +75,9 @@ class TrainingObjective:
         builders = [n for n, part in ordered.items() if type(part).extend_example is Objective.extend_example]
         if len(builders) > 1:
             raise ConfigError([f"train.objective: {' and '.join(builders)} both build rows; join at most one of them"])
-        first = builders[0] if builders else next(iter(ordered))
+        if not (able := [name for name in (*builders, *ordered) if ordered[name].builds]):
+            raise ConfigError([f"train.objective: {'+'.join(ordered)} scores rows that another builds; join it to one"])
+        first = able[0]
         self.name = "+".join(ordered)
         self.parts: dict[str, Objective] = {first: ordered.pop(first), **ordered}
         self._builder = self.parts[first]
@@ -240,7 +243,8 @@ class TrainingObjective:
                     f"objective {name}: needs() must declare the tensor 'prefix', int64 (batch), to all stages, where "
                     'attention is "prefix", and no tensor of that name elsewhere'
                 )
-        if len({n.attention for n in needs.values()}) > 1:
+        said = {n.attention for n in needs.values() if n.attention is not None}
+        if len(said) > 1:
             raise ConfigError(
                 ["train.objective: " + ", ".join(f"{k} needs {n.attention} attention" for k, n in needs.items())]
             )
@@ -258,9 +262,14 @@ class TrainingObjective:
                 if aux_models.setdefault(key, model) is not model:
                     raise ConfigError([f"train.objective: {name} has an auxiliary model {key!r}, as another part has"])
             self._check_prepares(name, need, needs)
+        teachers = [need.teacher for need in needs.values() if need.teacher is not None]
+        if len(teachers) > 1:
+            raise ConfigError([f"train.objective: the parts of {self.name} name {len(teachers)} teachers, not one"])
+        self.attention: Attention = next(iter(said))
+        """What the parts agree on."""
         self._prepares = {name: need.prepares for name, need in needs.items()}
         return Needs(
-            attention=next(iter(needs.values())).attention,
+            attention=self.attention,
             tensors=tensors,
             lm_head=any(n.lm_head for n in needs.values()),
             heads=tuple(heads.values()),
@@ -268,6 +277,7 @@ class TrainingObjective:
             coupling=max((n.coupling for n in needs.values()), key=_COUPLINGS.index),
             modules=modules,
             aux_models=aux_models,
+            teacher=next(iter(teachers), None),
             prepares=Prepares(
                 tuple(key for need in needs.values() for key in need.prepares.tensors),
                 tuple(key for need in needs.values() for key in need.prepares.terms),

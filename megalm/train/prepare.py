@@ -33,6 +33,7 @@ from megalm.train.finetune import tuning_problems
 from megalm.train.head import as_corpus
 from megalm.train.objective import TrainingObjective, build_objective
 from megalm.train.task import Task, check_no_task, open_task
+from megalm.train.teacher import Teacher, open_teacher
 
 CHECKED_BYTES = 1 << 30
 """Parts of a token store up to this size (about a second's reading) are checked whole before every launch."""
@@ -63,6 +64,8 @@ class Prepared:
     callbacks: dict[str, Callback]
     source: DataSource | None = None
     """What is trained on, where that is no token store."""
+    teacher: Teacher | None = None
+    """What is learnt from besides."""
     task: Task | None = None
     """The head that is trained, and its records."""
 
@@ -103,6 +106,7 @@ class Prepared:
             "tokenizer": self.tokenizer.identity,
             "data": self.data_identity,
             "pipeline": {"order": self.order_identity},
+            "teacher": None if self.teacher is None else self.teacher.identity,
             "kernels": {
                 **{decision.operation: decision.implementation for decision in self.kernels},
                 "sources": next((decision.sources for decision in self.kernels if decision.sources), None),
@@ -163,6 +167,9 @@ def prepare_run(
         raise ConfigError([f"parallel.pp_schedule: {error}"]) from None
     except LayoutError as error:
         raise ConfigError([str(error)]) from None
+    teacher = None
+    if objective.needs.teacher is not None:
+        teacher = open_teacher(objective.needs.teacher, manager, config, spec, tokenizer, pipeline)
     decisions: tuple[Decision, ...] = ()
     if device is not None:
         requests = kernel_requests(spec, device, config.train.precision)
@@ -192,6 +199,7 @@ def prepare_run(
         },
         source=source,
         task=opened.task,
+        teacher=teacher,
     )
 
 

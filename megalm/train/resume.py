@@ -44,7 +44,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
 
 def own_identity(prepared: Prepared) -> dict[str, Any]:
     """What a run's own checkpoints have in common with it as well: the same samples follow."""
-    return {"data": prepared.data_identity, "global_batch": prepared.resolved.config.train.global_batch}
+    teacher = {} if prepared.teacher is None else {"teacher": prepared.teacher.identity}
+    return {**teacher, "data": prepared.data_identity, "global_batch": prepared.resolved.config.train.global_batch}
 
 
 def tunes(prepared: Prepared) -> bool:

@@ -137,3 +137,16 @@ def forward_only(
     n, parallel = len(batches), model.parallel
     order = lower(forward_order((0,), n)) if pipeline is None else pipeline.forward_only(n)
     run_order(order, ForwardStages(model, batches, then), parallel.pp, parallel.device)
+
+def teach(model: LanguageModel, batches: Sequence[Microbatch], pipeline: Pipeline | None) -> dict[int, torch.Tensor]:
+    """The teacher's last hidden vectors of each batch, on the ranks with the last stage; nothing without a teacher."""
+    taught: dict[int, torch.Tensor] = {}
+    if model.teacher is None:
+        return taught
+
+    def keep(number: int, hidden: torch.Tensor, batch: Microbatch) -> None:
+        taught[number] = hidden
+
+    with phase("teacher"):
+        forward_only(model.teacher, batches, keep, pipeline)
+    return taught

@@ -27,7 +27,7 @@ from megalm.train.adversarial import PREFIX, Perturbations, reported_apart, shar
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective
 from megalm.train.preparation import prepare_microbatches
-from megalm.train.stages import TrainingStages, forward_only
+from megalm.train.stages import TrainingStages, forward_only, teach
 
 AT_ONCE = 4
 """Batches of an evaluation that go through the pipeline together, for each of its ranks."""
@@ -80,6 +80,7 @@ def forward_backward(
     tensors = prepare_microbatches(
         model, objective, microbatches, prepared, seed=seed, step=step, pipeline=pipeline
     )
+    taught = teach(model, [make_microbatch(each, parallel) for each in tensors], pipeline)
     batches = [
         make_microbatch(each, parallel, seed=seed, step=step, slots=rows.slots)
         for each, rows in zip(tensors, microbatches, strict=True)
@@ -97,7 +98,7 @@ def forward_backward(
         def loss(
             microbatch: int, hidden: torch.Tensor, batch: Microbatch, factor: float = factor, apart: bool = apart
         ) -> torch.Tensor | None:
-            terms = objective.loss(hidden, tensors[microbatch], model.context(batch))
+            terms = objective.loss(hidden, tensors[microbatch], model.context(batch, taught.get(microbatch)))
             objective.check_terms(terms, objective.counts(microbatches[microbatch].batch))
             return scaled(terms, factor, apart=apart)
 
@@ -121,10 +122,15 @@ def evaluate(
     while some := list(islice(waiting, AT_ONCE * parallel.pp.size)):
         tensors = prepare_microbatches(model, objective, some, lambda _, terms: sums.add(terms), pipeline=pipeline)
 
-        def add(number: int, hidden: torch.Tensor, batch: Microbatch, tensors: Any = tensors) -> None:
-            sums.add(objective.loss(hidden, tensors[number], model.context(batch)))
+        batches_of = [make_microbatch(each, parallel) for each in tensors]
+        taught = teach(model, batches_of, pipeline)
 
-        forward_only(model, [make_microbatch(each, parallel) for each in tensors], add, pipeline)
+        def add(
+            number: int, hidden: torch.Tensor, batch: Microbatch, tensors: Any = tensors, taught: Any = taught
+        ) -> None:
+            sums.add(objective.loss(hidden, tensors[number], model.context(batch, taught.get(number))))
+
+        forward_only(model, batches_of, add, pipeline)
         for rows in some:
             for name, n in objective.counts(rows.batch).items():
                 local[name] += n

@@ -157,7 +157,7 @@ def attention_of(manifest: Manifest, manager: PluginManager) -> Attention:
         return attention
     resolved = model_configuration(manifest.state.get("config", {}), manager)
     objective, _ = objective_and_spec(resolved, manager)
-    return objective.needs.attention
+    return objective.attention
 
 
 def _tokenizer(

@@ -64,6 +64,8 @@ class Trainer:
         master = torch.float64 if precision == torch.float64 else torch.float32
         self.model = LanguageModel(prepared.spec, parallel, prepared.pipeline.stages_of(parallel.pp.index))
         materialise(self.model, parallel, self.config.run.seed, master)
+        if prepared.teacher is not None:
+            prepared.teacher.attach(self.model, self.config.train.precision, prepared.pipeline)
         self.weights = Weights(self.model, parallel, precision)
         self.optimizer = make_optimizer(prepared, self.weights)
         self.feed = TrainFeed(

@@ -17,5 +17,6 @@ def megalm_objectives() -> Iterable[Component]:
     yield Component("sop", "megalm_plugins.objectives.sop:SentenceOrder", "are two passages in order? (ALBERT)")
     yield Component("span_mlm", "megalm_plugins.objectives.span_mlm:SpanMaskedLM", "recover masked spans (SpanBERT)")
     yield Component("rtd", "megalm_plugins.objectives.rtd:ReplacedTokens", "tell replaced tokens (ELECTRA)")
+    yield Component("distill", "megalm_plugins.objectives.distill:Distill", "learn from another model (DistilBERT)")
     yield Component("contrastive", "megalm_plugins.objectives.contrastive:Contrastive", "tell texts apart (SimCSE)")
     yield Component("denoise", "megalm_plugins.objectives.denoise:Denoise", "continue or restore text (UL2, BART)")

@@ -99,10 +99,11 @@ class Needs:
 
     ``attention``: ``causal`` and ``bidirectional`` say it of every row. ``prefix`` is causal, but for the first tokens
     of each row, which every position attends to: how many is said by the tensor ``prefix``, int64 ("batch",), to all
-    stages. With 0 or 1 a row is causal, with its length bidirectional, so that one backbone serves both.
+    stages. With 0 or 1 a row is causal, with its length bidirectional, so that one backbone serves both. None: as the
+    objectives say that this one is joined with.
     """
 
-    attention: Attention
+    attention: Attention | None
     tensors: Mapping[str, TensorSpec]
     lm_head: bool = True
     heads: tuple[HeadSpec, ...] = ()
@@ -113,6 +114,9 @@ class Needs:
     parameters ``plugins.NAME.``..."""
     aux_models: Mapping[str, AuxModel] = field(default_factory=dict)
     """Smaller models that :meth:`Objective.prepare` uses."""
+    teacher: str | None = None
+    """A checkpoint, or a run's folder, whose model says for every batch what :meth:`LossContext.distill_loss` compares
+    with. It has the run's tokenizer, and is not trained."""
     prepares: Prepares = field(default_factory=Prepares)
     """What :meth:`Objective.prepare` gives; where it says nothing, that is not called."""
 
@@ -228,6 +232,13 @@ class LossContext(Protocol):
         """All hidden vectors: (batch, seq, hidden)."""
         ...
 
+    def distill_loss(
+        self, hidden: torch.Tensor, where: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """temperature^2 KL(teacher || model) of softmax(logits / temperature) at each position where ``where`` (batch,
+        seq) is true: (n,) nats, in row-major order. The teacher is that of :attr:`Needs.teacher`."""
+        ...
+
     def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """The hidden vectors of the positions where ``where`` (batch, seq) is true: (n, hidden), in row-major order.
 
@@ -321,6 +332,8 @@ class Objective(ABC):
     """Validated model of ``[objective.NAME]``."""
     packs: ClassVar[bool] = False
     """Can do as :attr:`ObjectiveEnv.packing` asks: rows of documents, numbered in the tensor ``documents``."""
+    builds: ClassVar[bool] = True
+    """Can build rows; False: only scores, or extends, those that another builds."""
     version: ClassVar[int] = 1
     """Raise on any change of meaning; stored in checkpoints and compared on resume."""
 

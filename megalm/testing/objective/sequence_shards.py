@@ -94,6 +94,9 @@ class ShareContext:
         losses = self.inner.lm_loss(hidden, whole).view(self.rows, self.length)
         return self.share(losses, 1).reshape(-1)
 
+    def distill_loss(self, hidden: torch.Tensor, where: torch.Tensor, temperature: float) -> torch.Tensor:
+        return self.inner.distill_loss(hidden, self._whole(where, False), temperature)
+
     def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return self.inner.select(hidden, self._whole(where, False))
 

@@ -81,7 +81,7 @@ class ObjectiveSubject:
                 self.folder, documents=150, seed=seed, manager=self.manager, tokenizer=tokenizer, text=text
             )
             needs = self._needs()
-            self._architecture = ARCHITECTURES[needs.attention]
+            self._architecture = ARCHITECTURES[needs.attention or "causal"]
             self.coupled = needs.coupling == "cell"
             """The objective couples the rows of a cell."""
         except BaseException:

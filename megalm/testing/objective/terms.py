@@ -144,6 +144,12 @@ class Probe:
         scored_losses: torch.Tensor = out * scored
         return scored_losses
 
+    def distill_loss(self, hidden: torch.Tensor, where: torch.Tensor, temperature: float) -> torch.Tensor:
+        out: torch.Tensor = self.inner.distill_loss(hidden, where, temperature).detach().requires_grad_()
+        self.losses.append(out)
+        self.rows_of.append(where.nonzero()[:, 0])
+        return out
+
     def head(self, name: str, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.inner.head(name, x).detach().requires_grad_()
         self.logits.append(out)
