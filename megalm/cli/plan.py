@@ -50,6 +50,11 @@ def plan(
     layout = resolved.config.parallel
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
     volumes: dict[str, list[AlikeRanks]] = {}
+    if comm and prepared.teacher is not None:
+        raise UsageError(
+            f"megalm plan --comm does not count what the teacher of {prepared.objective.name} says; plan without "
+            "--comm, or leave that part out of train.objective to see the rest"
+        )
     if comm:
         train = resolved.config.train
         planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial)

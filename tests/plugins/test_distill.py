@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from megalm.parallel.sim import run_simulated
 from megalm.pipeline.plan import make_pipeline
 from megalm.plugin.contract.objective import IGNORE
 from megalm.plugin.manager import PluginManager
+from megalm.testing import ObjectiveSuite
+from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.testing.parity import assert_parity, gradients_of, loss_and_gradients, make_model
 from megalm.testing.runs import make_run, make_store
 from megalm.train.feed import Rows
@@ -132,13 +137,13 @@ def test_layouts(
 def test_refused(prepare: Make, teachers: dict[str, Path], tmp_path: Path, store: Path, manager: PluginManager) -> None:
     with pytest.raises(MegalmError, match="nowhere"):
         prepare("mlm", tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="teacher .*has no language-modelling head"):
+    with pytest.raises(ConfigError, match=r"teacher .*has no language-modelling head"):
         prepare("mlm", teachers["nsp"])
-    with pytest.raises(ConfigError, match="teacher .*has causal attention, but this run has bidirectional"):
+    with pytest.raises(ConfigError, match=r"teacher .*has causal attention, but this run has bidirectional"):
         prepare("mlm", teachers["causal_lm"])
-    with pytest.raises(ConfigError, match="teacher .*has model.vocab_size = 262, but this run has 300"):
+    with pytest.raises(ConfigError, match=r"teacher .*has model.vocab_size = 262, but this run has 300"):
         prepare("mlm", None, "model.vocab_size=300")
-    with pytest.raises(ConfigError, match="teacher .*has 16 positions, but train.sequence_length = 32"):
+    with pytest.raises(ConfigError, match=r"teacher .*has 16 positions, but train.sequence_length = 32"):
         prepare("mlm", None, "train.sequence_length=32")
     with pytest.raises(ConfigError, match="distill scores rows that another builds"):
         make_run(
@@ -169,3 +174,21 @@ def test_a_run_goes_on_with_its_teacher_alone(prepare: Make, teachers: dict[str,
     folder, _ = find_checkpoint(prepared.run_dir)
     assert "teacher" in (folder / "manifest.json").read_text()
     Trainer(prepare("mlm", None, "train.steps=3"), single_rank()).run()
+
+
+class TestDistill(ObjectiveSuite):
+    """With a teacher that is made for it, of the same text and tokenizer."""
+
+    objective = "distill+mlm"
+    sample = 3
+
+    @classmethod
+    def subject(cls) -> ObjectiveSubject:
+        torch.set_num_threads(1)
+        folder = Path(tempfile.mkdtemp(prefix="megalm-teacher-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        sizes = ["model.hidden_size=32", "model.heads=16", "model.layers=8", "train.sequence_length=48"]
+        run = make_run(folder, make_store(folder), objective="mlm", architecture="bert", overrides=[*sizes, "train.steps=1"])
+        Trainer(run, single_rank()).run()
+        settings = [f'objective.distill.teacher="{run.run_dir}"']
+        return ObjectiveSubject(cls.objective, settings=settings, sample=cls.sample, **cls.asked())
