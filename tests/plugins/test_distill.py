@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalm.errors import ConfigError, MegalmError
+from megalm.checkpoint.manifest import read_manifest
+from megalm.errors import CheckpointError, ConfigError, MegalmError
+from megalm.model.language_model import logical_shapes
 from megalm.nn.microbatch import make_microbatch
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import run_simulated
@@ -167,13 +169,26 @@ def test_a_teacher_with_another_tokenizer(
         prepare()
 
 
-def test_a_run_goes_on_with_its_teacher_alone(prepare: Make, teachers: dict[str, Path]) -> None:
+def test_a_run_goes_on_with_its_teacher_alone(
+    prepare: Make, tmp_path_factory: pytest.TempPathFactory, store: Path, manager: PluginManager
+) -> None:
     """Checkpoints hold nothing of the teacher but which it was."""
     prepared = prepare("mlm", None, "train.steps=2")
     Trainer(prepared, single_rank()).run()
     folder, _ = find_checkpoint(prepared.run_dir)
-    assert "teacher" in (folder / "manifest.json").read_text()
+    assert set(read_manifest(folder).weights) == set(logical_shapes(prepared.spec))
     Trainer(prepare("mlm", None, "train.steps=3"), single_rank()).run()
+    other = make_run(
+        tmp_path_factory.mktemp("other"),
+        store,
+        objective="mlm",
+        architecture="bert",
+        overrides=[*WIDE, "run.seed=9"],
+        manager=manager,
+    )
+    Trainer(other, single_rank()).run()
+    with pytest.raises(CheckpointError, match="was made with teacher"):
+        Trainer(prepare("mlm", other.run_dir, "train.steps=4"), single_rank()).run()
 
 
 class TestDistill(ObjectiveSuite):
@@ -188,7 +203,8 @@ class TestDistill(ObjectiveSuite):
         folder = Path(tempfile.mkdtemp(prefix="megalm-teacher-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         sizes = ["model.hidden_size=32", "model.heads=16", "model.layers=8", "train.sequence_length=48"]
-        run = make_run(folder, make_store(folder), objective="mlm", architecture="bert", overrides=[*sizes, "train.steps=1"])
+        sizes += ["train.steps=1"]
+        run = make_run(folder, make_store(folder), objective="mlm", architecture="bert", overrides=sizes)
         Trainer(run, single_rank()).run()
         settings = [f'objective.distill.teacher="{run.run_dir}"']
         return ObjectiveSubject(cls.objective, settings=settings, sample=cls.sample, **cls.asked())
