@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         PrepareContext,
         PreparedBatch,
         Prepares,
+        Teacher,
         TensorSpec,
         Term,
     )
@@ -107,6 +108,7 @@ _HOMES = {
         "PrepareContext",
         "PreparedBatch",
         "Prepares",
+        "Teacher",
         "TensorSpec",
         "Term",
     ),
@@ -183,6 +185,7 @@ __all__ = [
     "Settings",
     "SpecialTokens",
     "StreamSource",
+    "Teacher",
     "TensorSpec",
     "Term",
     "TokenMasking",

@@ -50,14 +50,10 @@ def plan(
     layout = resolved.config.parallel
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
     volumes: dict[str, list[AlikeRanks]] = {}
-    if comm and prepared.teacher is not None:
-        raise UsageError(
-            f"megalm plan --comm does not count what the teacher of {prepared.objective.name} says; plan without "
-            "--comm, or leave that part out of train.objective to see the rest"
-        )
     if comm:
         train = resolved.config.train
-        planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial)
+        teacher = None if prepared.teacher is None else prepared.teacher.spec
+        planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial, teacher)
         volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))
         if evaluation:
             from megalm.train.step import AT_ONCE
@@ -107,6 +103,14 @@ def _facts(prepared: Prepared, grid: Grid) -> dict[str, Any]:
         }
         for stage in pipeline.stages
     ]
+    taught: dict[str, Any] = {}
+    if prepared.teacher is not None:
+        its = prepared.teacher.spec
+        taught["teacher"] = {
+            "checkpoint": str(prepared.teacher.stored.folder),
+            "total": its.parameter_count(),
+            "by_place": held_parameters(its, pipeline, grid, teacher=True),
+        }
     return {
         "layout": {
             "ranks": grid.size * len(pipeline.order.ranks),
@@ -127,6 +131,7 @@ def _facts(prepared: Prepared, grid: Grid) -> dict[str, Any]:
             "total": prepared.spec.parameter_count(),
             "by_place": held_parameters(prepared.spec, pipeline, grid),
         },
+        **taught,
     }
 
 

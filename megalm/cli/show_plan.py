@@ -34,6 +34,10 @@ def show_facts(facts: dict[str, Any]) -> None:
     table.add_row("model", Text(f"{model['architecture']}, {model['objective']}, {model['precision']}"))
     table.add_row("parameters", f"{parameters['total']:,}")
     table.add_row("on a rank", _span([count for places in parameters["by_place"] for count in places]))
+    if teacher := facts.get("teacher"):
+        table.add_row("teacher", Text(teacher["checkpoint"]))
+        table.add_row("its parameters", f"{teacher['total']:,}")
+        table.add_row("on a rank", _span([count for places in teacher["by_place"] for count in places]))
     _console().print(table)
     if len(facts["pipeline"]["stages"]) > 1:
         _show_pipeline(facts["pipeline"], parameters["by_place"])

@@ -165,6 +165,12 @@ class ModelLossContext:
             own, said, self._model.parallel.tp, temperature=temperature, vocab_size=head.vocab_size
         )
 
+    def teacher_hidden(self, where: torch.Tensor) -> torch.Tensor:
+        if self._taught is None:
+            raise ValueError("teacher_hidden needs a teacher; declare one in Needs")
+        with torch.no_grad():
+            return replicate_tokens(self._taught, self._model.parallel)[where.reshape(-1)]
+
     def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return replicate_tokens(hidden, self._model.parallel)[where.reshape(-1)]
 

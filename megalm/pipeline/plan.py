@@ -46,6 +46,11 @@ class Pipeline:
         """Stages of a pipeline rank."""
         return [self.stages[number] for number in self.order.stages_of(rank)]
 
+    def stages_for(self, spec: ModelSpec, rank: int) -> list[Stage]:
+        """Stages of a pipeline rank of another model, which goes the same way and is cut by cost."""
+        cut = cut_stages(spec, self.order.stages)
+        return [cut[number] for number in self.order.stages_of(rank)]
+
     def forward_only(self, microbatches: int) -> LoweredOrder:
         """Forwards of any number of microbatches: each rank takes what became ready first."""
         if microbatches not in self._forward:

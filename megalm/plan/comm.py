@@ -8,8 +8,8 @@ loss is measured on the step's own microbatches. What callbacks tell each other 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +70,7 @@ class Planner:
         grid: the ranks that share the stages of a pipeline rank.
         precision: ``train.precision``.
         adversarial: ``train.adversarial``.
+        teacher: the model that it learns from, which goes forward in the same layout before.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Planner:
         grid: Grid,
         precision: str,
         adversarial: AdversarialConfig | None = None,
+        teacher: ModelSpec | None = None,
     ) -> None:
         self.spec = spec
+        self.teacher = teacher
         self._adversarial = adversarial
         self.pipeline = pipeline
         self.grid = grid
@@ -93,6 +96,8 @@ class Planner:
         self._ways: list[list[tuple[Stage, Counter[Way], Counter[Way]]]] = []
         post = spec.cfg.norm_placement == "post"
         self._auxiliary: dict[str, Counter[Way]] = {}
+        # By pipeline rank: the ways of all of the teacher's stages.
+        self._taught: list[Counter[Way]] = []
         for place in range(self.pp):
             stages = pipeline.stages_of(place)
             model = LanguageModel(spec, recording_context(grid, []), stages)
@@ -107,6 +112,8 @@ class Planner:
                 within = Stage(-1, range(spec.auxiliary[name].cfg.layers), first=False, last=False)
                 looked_up = Way("embedding", "out", spec.cfg.hidden_size)
                 self._auxiliary[name] = ways(each, within, post=post) + Counter({looked_up: 1})
+            if teacher is not None:
+                self._taught.append(_all_ways(teacher, grid, pipeline.stages_for(teacher, place)))
 
     def step(self, objective: Scorer, microbatches: Microbatches) -> list[AlikeRanks]:
         """What each rank communicates in one optimizer step, ``microbatches`` being those of the step.
@@ -136,7 +143,9 @@ class Planner:
             if first is not None and self.pp == 1:
                 out.append(first)
                 continue
-            probe = None if first else LossProbe(self.spec, self.grid, objective, self._dtype, index)
+            probe = None if first else LossProbe(
+                self.spec, self.grid, objective, self._dtype, index, teacher=self.teacher
+            )
             tokens, flows, loss, told = [], [], [], []
             prepared: list[Entry] = []
             rows = 0
@@ -208,6 +217,7 @@ class Planner:
             features = self.spec.cfg.hidden_size
             entries = message_entries(lowered, place, grid, tokens=tokens_of, features=features, itemsize=size)
             yield from tuple(entries) * passes
+            yield from self._teacher_entries(place, tokens_of)
         counts = _SUMS_BYTES * len(objective.weights)
         sums = counts * (2 if adversarial is not None and adversarial.method == "fgm" else 1)
         if grid.dp > 1:
@@ -223,6 +233,19 @@ class Planner:
         calls = each * (adversarial.passes - 1)
         if calls:
             yield entry("sizes of perturbations", "tp", "all_reduce", self.grid.tp, _SUMS_BYTES * rows, calls)
+
+    def _teacher_entries(self, place: int, tokens: Sequence[int]) -> Iterator[Entry]:
+        """What a pipeline rank says for the teacher's forward of microbatches that go through it together."""
+        if self.teacher is None:
+            return
+        grid, size = self.grid, self._dtype.itemsize
+        for of_one, count in Counter(tokens).items():
+            every = Counter({way: calls * count for way, calls in self._taught[place].items()})
+            for each in backbone_entries(every, grid, tokens=of_one, itemsize=size, backward=False):
+                yield replace(each, item="teacher")
+        lowered, features = self.pipeline.forward_only(len(tokens)), self.teacher.cfg.hidden_size
+        for each in message_entries(lowered, place, grid, tokens=tokens, features=features, itemsize=size):
+            yield replace(each, item="teacher's hidden vectors between stages")
 
     def _gradients(self) -> list[list[tuple[Entry, ...]]]:
         """For each pipeline rank and each place on the tensor-parallel axis; equal shapes communicate alike."""
@@ -250,6 +273,11 @@ class Planner:
             entries = merged((*rows[dp_index][place], *gradients[place][tp_index]))
             found.setdefault(entries, []).append(rank)
         return [AlikeRanks(tuple(ranks), entries) for entries, ranks in found.items()]
+
+
+def _all_ways(spec: ModelSpec, grid: Grid, stages: list[Stage]) -> Counter[Way]:
+    model, post = LanguageModel(spec, recording_context(grid, []), stages), spec.cfg.norm_placement == "post"
+    return sum((ways(model.backbone, stage, post=post) for stage in stages), Counter())
 
 
 def largest(classes: list[AlikeRanks]) -> AlikeRanks:

@@ -99,7 +99,16 @@ class _WithoutLayers:
 class LossProbe:
     """Asks an objective, for one data-parallel rank. Tensor-parallel ranks all say the same."""
 
-    def __init__(self, spec: ModelSpec, grid: Grid, objective: Scorer, dtype: torch.dtype, dp_index: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        grid: Grid,
+        objective: Scorer,
+        dtype: torch.dtype,
+        dp_index: int,
+        *,
+        teacher: ModelSpec | None = None,
+    ) -> None:
         self._spec = spec
         self._objective = objective
         self._dtype = dtype
@@ -107,6 +116,10 @@ class LossProbe:
         self._parallel = recording_context(grid, self._heard, dp_index=dp_index)
         self._widths = (spec.cfg.hidden_size,) if spec.modules or spec.auxiliary else _WIDTHS
         self._models = {width: self._narrow(width) for width in self._widths}
+        self._teacher = None if teacher is None else self._filled(_without_layers(teacher, self._parallel.tp.size))
+        if self._teacher is not None:
+            for model in self._models.values():
+                model.learn_from(self._teacher)
 
     def ask(self, tensors: Mapping[str, torch.Tensor], *, backward: bool) -> tuple[list[Entry], bool]:
         """What the loss of a microbatch says, and whether gradients flow into the backbone."""
@@ -142,18 +155,30 @@ class LossProbe:
         rows = self._parallel.tp.size
         smaller = {name: _without_layers(each, rows) for name, each in self._spec.auxiliary.items()}
         spec = replace(self._spec, cfg=cfg, vocab_size=rows, max_positions=1, auxiliary=smaller)
-        model = LanguageModel(spec, self._parallel)
-        draw = torch.Generator().manual_seed(0)
-        for module in model.modules():
-            for name, meta in list(module.named_parameters(recurse=False)):
-                values = torch.empty(meta.shape, dtype=self._dtype).normal_(std=0.02, generator=draw)
-                setattr(module, name, torch.nn.Parameter(values, requires_grad=meta.requires_grad))
+        model = self._filled(spec)
         if model.lm_head is not None:
             model.lm_head.vocab_size = self._spec.vocab_size  # ranks agree by it on the size of messages
         for auxiliary in model.auxiliary.values():
             assert isinstance(auxiliary, AuxiliaryModel)
             auxiliary.head.vocab_size = self._spec.vocab_size
         return model
+
+    def _filled(self, spec: ModelSpec) -> LanguageModel:
+        """A model with values of any kind."""
+        model = LanguageModel(spec, self._parallel)
+        draw = torch.Generator().manual_seed(0)
+        for module in model.modules():
+            for name, meta in list(module.named_parameters(recurse=False)):
+                values = torch.empty(meta.shape, dtype=self._dtype).normal_(std=0.02, generator=draw)
+                setattr(module, name, torch.nn.Parameter(values, requires_grad=meta.requires_grad))
+        return model
+
+    def _context(self, model: LanguageModel, batch: Microbatch) -> LossContext:
+        """The loss's, with what the teacher would have computed: its width is its own whatever the model's is."""
+        if self._teacher is None:
+            return model.context(batch)
+        first, last = batch.shard
+        return model.context(batch, torch.randn(last - first, self._teacher.spec.cfg.hidden_size).to(self._dtype))
 
     def _run(self, width: int, tensors: Mapping[str, torch.Tensor], backward: bool) -> _Told:
         model, batch = self._models[width], make_microbatch(tensors, self._parallel)
@@ -162,7 +187,7 @@ class LossProbe:
         hidden = values.to(self._dtype).requires_grad_(backward)
         self._heard.clear()
         with torch.set_grad_enabled(backward):
-            terms = self._objective.loss(hidden, tensors, model.context(batch))
+            terms = self._objective.loss(hidden, tensors, self._context(model, batch))
             forward = list(self._heard)
             sums = [term.sum for term in terms.values()]
             total = torch.stack(sums).sum() if sums else None

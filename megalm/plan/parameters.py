@@ -16,14 +16,16 @@ from megalm.plan.gradients import local_shapes
 from megalm.plan.recording import Grid, recording_context
 
 
-def held_parameters(spec: ModelSpec, pipeline: Pipeline, grid: Grid) -> list[list[int]]:
+def held_parameters(spec: ModelSpec, pipeline: Pipeline, grid: Grid, *, teacher: bool = False) -> list[list[int]]:
     """Elements that a rank holds: a list for each pipeline rank, with a number for each tensor-parallel place.
 
-    ``grid``: the ranks that share a pipeline stage.
+    ``grid``: the ranks that share a pipeline stage. ``teacher``: ``spec`` is not the model that the pipeline was cut
+    for, but one that it learns from.
     """
     found = []
     for rank in range(len(pipeline.order.ranks)):
-        model = LanguageModel(spec, recording_context(grid, []), pipeline.stages_of(rank))
+        stages = pipeline.stages_for(spec, rank) if teacher else pipeline.stages_of(rank)
+        model = LanguageModel(spec, recording_context(grid, []), stages)
         declared = layouts(model)
         own = {name: declared[name] for name, _ in model.named_parameters()}
         found.append([sum(math.prod(shape) for shape in local_shapes(own, place)) for place in range(grid.tp)])

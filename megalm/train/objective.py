@@ -75,8 +75,10 @@ class TrainingObjective:
         builders = [n for n, part in ordered.items() if type(part).extend_example is Objective.extend_example]
         if len(builders) > 1:
             raise ConfigError([f"train.objective: {' and '.join(builders)} both build rows; join at most one of them"])
-        if not (able := [name for name in (*builders, *ordered) if ordered[name].builds]):
-            raise ConfigError([f"train.objective: {'+'.join(ordered)} scores rows that another builds; join it to one"])
+        if not (able := [name for name in (*builders, *ordered) if not ordered[name].joins]):
+            known = " or ".join(dict.fromkeys(each for part in ordered.values() for each in part.joins))
+            name = "+".join(ordered)
+            raise ConfigError([f"train.objective: {name} scores rows that another builds; join it with {known}"])
         first = able[0]
         self.name = "+".join(ordered)
         self.parts: dict[str, Objective] = {first: ordered.pop(first), **ordered}
@@ -244,6 +246,8 @@ class TrainingObjective:
                     'attention is "prefix", and no tensor of that name elsewhere'
                 )
         said = {n.attention for n in needs.values() if n.attention is not None}
+        if not said:
+            raise ConfigError([f"train.objective: no part of {self.name} says which attention it needs"])
         if len(said) > 1:
             raise ConfigError(
                 ["train.objective: " + ", ".join(f"{k} needs {n.attention} attention" for k, n in needs.items())]

@@ -169,7 +169,7 @@ def prepare_run(
         raise ConfigError([str(error)]) from None
     teacher = None
     if objective.needs.teacher is not None:
-        teacher = open_teacher(objective.needs.teacher, manager, config, spec, tokenizer, pipeline)
+        teacher = open_teacher(objective, manager, config, spec, tokenizer, pipeline)
     decisions: tuple[Decision, ...] = ()
     if device is not None:
         requests = kernel_requests(spec, device, config.train.precision)

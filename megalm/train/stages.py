@@ -138,6 +138,7 @@ def forward_only(
     order = lower(forward_order((0,), n)) if pipeline is None else pipeline.forward_only(n)
     run_order(order, ForwardStages(model, batches, then), parallel.pp, parallel.device)
 
+
 def teach(model: LanguageModel, batches: Sequence[Microbatch], pipeline: Pipeline | None) -> dict[int, torch.Tensor]:
     """The teacher's last hidden vectors of each batch, on the ranks with the last stage; nothing without a teacher."""
     taught: dict[int, torch.Tensor] = {}

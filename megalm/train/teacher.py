@@ -16,11 +16,11 @@ from megalm.config.schema import Config
 from megalm.errors import ConfigError
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec, tensor_parallel_problems
-from megalm.model.stages import cut_stages, split_problems
-from megalm.parallel.mesh import ParallelContext
+from megalm.model.stages import split_problems
 from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
+from megalm.train.objective import TrainingObjective
 from megalm.train.stored import Stored, find_checkpoint, open_stored
 
 
@@ -31,27 +31,37 @@ class Teacher:
     stored: Stored
 
     @property
+    def spec(self) -> ModelSpec:
+        """Its model."""
+        return self.stored.spec
+
+    @property
     def identity(self) -> str:
         """Hex SHA-256 over its manifest, which has the hashes of all files."""
         return hashlib.sha256((self.stored.folder / MANIFEST).read_bytes()).hexdigest()
 
     def attach(self, model: LanguageModel, precision: str, pipeline: Pipeline | None) -> None:
         """Give a run's model its teacher, of which this rank has the stages that it has of the model."""
-        count = 1 if pipeline is None else pipeline.order.stages
-        cut = cut_stages(self.stored.spec, count)
-        parallel: ParallelContext = model.parallel
-        own = [0] if pipeline is None else pipeline.order.stages_of(parallel.pp.index)
-        teacher = self.stored.model(parallel, precision, [cut[number] for number in own])
+        parallel = model.parallel
+        stages = None if pipeline is None else pipeline.stages_for(self.spec, parallel.pp.index)
+        teacher = self.stored.model(parallel, precision, stages)
         teacher.requires_grad_(False)
         model.learn_from(teacher)
 
 
 def open_teacher(
-    path: str, manager: PluginManager, config: Config, spec: ModelSpec, tokenizer: Tokenizer, pipeline: Pipeline
+    objective: TrainingObjective,
+    manager: PluginManager,
+    config: Config,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    pipeline: Pipeline,
 ) -> Teacher:
-    """The teacher of a run whose model is ``spec``. ConfigError lists why it does not fit; CheckpointError where there
-    is none, or it is damaged."""
-    folder, _ = find_checkpoint(Path(path))
+    """The teacher that an objective needs, of a run whose model is ``spec``. ConfigError lists why it does not fit;
+    CheckpointError where there is none, or it is damaged."""
+    needs = objective.needs.teacher
+    assert needs is not None
+    folder, _ = find_checkpoint(Path(needs.path))
     stored = open_stored(folder, manager)
     its, problems = stored.spec, []
     theirs = str(stored.manifest.state.get("tokenizer"))
@@ -59,11 +69,14 @@ def open_teacher(
         problems.append(f"has the tokenizer {theirs[:16]}, but this run's data has {tokenizer.identity[:16]}")
     if its.vocab_size != spec.vocab_size:
         problems.append(f"has model.vocab_size = {its.vocab_size}, but this run has {spec.vocab_size}")
-    if not its.lm_head:
+    if objective.needs.lm_head and not its.lm_head:
         problems.append("has no language-modelling head")
-    if its.causal != spec.causal:
-        seen = {True: "causal", False: "bidirectional"}
-        problems.append(f"has {seen[its.causal]} attention, but this run has {seen[spec.causal]}")
+    if (theirs := stored.objective.attention) != objective.attention:
+        problems.append(f"has {theirs} attention, but this run has {objective.attention}")
+    if needs.hidden_size not in (None, its.cfg.hidden_size):
+        problems.append(
+            f"has model.hidden_size = {its.cfg.hidden_size}, but {objective.name} was told of {needs.hidden_size}"
+        )
     if its.token_types < spec.token_types:
         problems.append(f"has {its.token_types} token types, but this run has {spec.token_types}")
     length = config.train.sequence_length

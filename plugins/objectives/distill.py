@@ -25,6 +25,7 @@ from megalm.api import (
     Objective,
     ObjectiveEnv,
     Settings,
+    Teacher,
     TensorSpec,
     Term,
 )
@@ -49,7 +50,9 @@ class Distill(Objective):
 
     Config = DistillConfig
     cfg: DistillConfig
-    builds = False
+    packs = True  # as those do whose rows it scores
+    joins = ("mlm", "causal_lm")
+    checkpoints = ("teacher",)
 
     def __init__(self, cfg: DistillConfig, env: ObjectiveEnv) -> None:
         super().__init__(cfg, env)
@@ -58,7 +61,8 @@ class Distill(Objective):
 
     def needs(self) -> Needs:
         tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}
-        return Needs(None, tensors, teacher=self.cfg.teacher)
+        assert self.cfg.teacher is not None  # as __init__ has found
+        return Needs(None, tensors, teacher=Teacher(self.cfg.teacher))
 
     def weights(self) -> Mapping[str, float]:
         return {"distill": self.cfg.weight}

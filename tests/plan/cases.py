@@ -17,10 +17,16 @@ PreparedRun = Callable[..., Prepared]
 CPU = torch.device("cpu")
 
 
-def plan_of(prepared: Prepared, grid: Grid) -> list[AlikeRanks]:
+def planner_of(prepared: Prepared, grid: Grid) -> Planner:
+    teacher = None if prepared.teacher is None else prepared.teacher.spec
     train = prepared.resolved.config.train
-    planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial)
-    return planner.step(prepared.objective, lambda dp: (rows.tensors(CPU) for rows in step_rows(prepared, dp, grid.dp)))
+    return Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial, teacher)
+
+
+def plan_of(prepared: Prepared, grid: Grid) -> list[AlikeRanks]:
+    return planner_of(prepared, grid).step(
+        prepared.objective, lambda dp: (rows.tensors(CPU) for rows in step_rows(prepared, dp, grid.dp))
+    )
 
 
 def check(prepared: Prepared, grid: Grid, label: object) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.app import main
 from megalm.cli.show_plan import human
 from megalm.model.language_model import LanguageModel
@@ -18,6 +19,7 @@ from megalm.parallel.mesh import ParallelContext
 from megalm.parallel.sim import run_simulated
 from megalm.testing.runs import TEMPLATE
 from megalm.train.prepare import Prepared
+from megalm.train.stored import find_checkpoint
 
 Plan = Callable[..., tuple[int, str, str]]
 PreparedRun = Callable[..., Prepared]
@@ -95,6 +97,33 @@ def test_one_rank_says_nothing(plan: Plan) -> None:
     status, out, _ = plan("--comm", "--json", "--ranks", "1", "--set", "parallel.tp=1")
     (only,) = json.loads(out)["communication"]["step"]["classes"]
     assert only == {"ranks": [0], "items": [], "totals": {"all": {"calls": 0, "payload_bytes": 0, "wire_bytes": 0}}}
+
+
+def test_a_teacher(plan: Plan, teacher: Callable[[str], Path]) -> None:
+    """Its parameters are told apart from those that are trained, and what it says is counted."""
+    path = teacher("gpt2")
+    arguments = ["--ranks", "4", "--comm", "--set", 'train.objective="causal_lm+distill"', "--set", "parallel.pp=2"]
+    arguments += ["--set", f'objective.distill.teacher="{path}"', "--set", "train.micro_batch=4"]
+    status, out, err = plan(*arguments)
+    assert status == 0, err
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    total = sum(shape.numel() for shape in logical_sizes(path))
+    assert rows["its parameters"].split() == ["its", "parameters", f"{total:,}"]
+    # Two microbatches of 4 rows of 16 tokens, 36 features of 8 bytes, to the second stage.
+    sent = rows["teacher's hidden vectors between stages"].split()
+    assert sent[-7:-2] == ["pp", "send", "2", "36.00", "KiB"]
+    status, out, _ = plan(*arguments, "--json")
+    found = json.loads(out)["teacher"]
+    assert found["total"] == total
+    assert Path(found["checkpoint"]).is_relative_to(path)
+    # Both stages hold the embedding that the head is tied to, in shards of the vocabulary's rows.
+    assert sum(count for places in found["by_place"] for count in places) > total
+
+
+def logical_sizes(path: Path) -> list[torch.Size]:
+    """Shapes of all weights in a run's checkpoint."""
+    folder, _ = find_checkpoint(path)
+    return [torch.Size(record.shape) for record in read_manifest(folder).weights.values()]
 
 
 PIPELINE = ("--ranks", "8", "--set", "parallel.pp=2", "--set", "train.micro_batch=2", "--set", "model.layers=5")

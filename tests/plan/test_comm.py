@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops import linear_cross_entropy
-from megalm.plan.comm import AlikeRanks, Planner, largest
+from megalm.plan.comm import AlikeRanks, largest
 from megalm.plan.entries import total
 from megalm.plan.recording import Grid
 from megalm.plugin.contract.objective import LossContext, Term
@@ -20,7 +20,7 @@ from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.prepare import Prepared
 from megalm.train.step import AT_ONCE
 
-from .cases import CPU, Case, PreparedRun, check, plan_of
+from .cases import CPU, Case, PreparedRun, check, plan_of, planner_of
 from .truth import assert_same, planned, simulated_evaluation
 
 ACCUMULATE = "train.micro_batch=2"
@@ -53,6 +53,9 @@ NAMED = [
     REPLACED,
     Case("bert", Grid(2, 1, True), ("train.objective=rtd+sop", "objective.rtd.generator_width=0.5", ACCUMULATE)),
     Case("gpt2", Grid(2, 1, True), ("train.recompute=full", "model.dropout=0", ACCUMULATE)),
+    Case("gpt2", Grid(2, 2), ("train.objective=causal_lm+distill", "train.precision=bfloat16", ACCUMULATE)),
+    Case("bert", Grid(3, 1), ("train.objective=distill+mlm", "train.micro_batch=1", "objective.mlm.mask_prob=0.02")),
+    Case("bert", Grid(2, 2, True), ("train.objective=distill+mlm+nsp", "model.lm_head_transform=false", ACCUMULATE)),
     Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1", ACCUMULATE)),
     Case("llama", Grid(3, 1), ("train.recompute=full", "model.gated=true", "model.norm_placement=post")),
     Case("bert", Grid(2, 1, True), ("train.recompute=full", "train.precision=bfloat16")),
@@ -326,7 +329,7 @@ def test_an_evaluation(case: Case, prepared_run: PreparedRun) -> None:
             dp_size=grid.dp,
         )
 
-    planner = Planner(prepared.spec, prepared.pipeline, grid, prepared.resolved.config.train.precision)
+    planner = planner_of(prepared, grid)
     found = planner.evaluation(prepared.objective, lambda dp: (each.tensors(CPU) for each in rows(dp)), at_once=AT_ONCE)
     truth = simulated_evaluation(prepared, rows, tp=grid.tp, pp=case.pp, dp=grid.dp, sp=grid.sp)
     assert_same(planned(found), truth, case)

@@ -14,7 +14,6 @@ import pytest
 import megalm.plan.comm as comm
 from megalm.errors import ConfigError
 from megalm.pipeline.choose import KIND, choose
-from megalm.plan.comm import Planner
 from megalm.plan.entries import Entry, total
 from megalm.plan.recording import Grid
 from megalm.plugin.contract.pipeline import PipelineShape
@@ -22,7 +21,7 @@ from megalm.plugin.manager import PluginManager
 from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.prepare import Prepared
 
-from .cases import CPU, Case, PreparedRun, check, plan_of
+from .cases import CPU, Case, PreparedRun, check, plan_of, planner_of
 from .test_comm import FGM, FREELB, SCORES, ThirdParty
 from .truth import assert_same, planned, simulated_evaluation, simulated_step
 
@@ -53,7 +52,13 @@ NAMED = [
     Case("bert", Grid(2, 1, True), run("zb-v", FGM, "model.layers=4", TWO), 2),
     Case("gpt2", Grid(1, 2), run("1f1b", FREELB, "model.layers=3", ONE), 3),
     Case("gpt2", Grid(2), run("gpipe", "parallel.pp_virtual=2", "model.layers=2", TWO), 1),
+    Case("gpt2", Grid(2, 1, True), run("interleaved", "train.objective=causal_lm+distill", "model.layers=4", TWO), 2),
+    Case("bert", Grid(2), run("zb-v", "train.objective=distill+mlm", "model.layers=6", ONE), 3),
+    Case("bert", Grid(1, 2), run("1f1b", "train.objective=distill+mlm+nsp", "train.recompute=full", ONE), 1),
 ]
+
+
+TAUGHT = NAMED[-2]
 
 
 @pytest.mark.parametrize("case", NAMED, ids=str)
@@ -125,7 +130,7 @@ def test_any_objective_is_asked(score: Any, prepared_run: PreparedRun) -> None:
 
 
 @pytest.mark.parametrize(("samples", "at_once"), [(7, 4), (8, 4), (11, 1)])
-@pytest.mark.parametrize("case", [NAMED[1], NAMED[5], NAMED[7]], ids=str)
+@pytest.mark.parametrize("case", [NAMED[1], NAMED[5], NAMED[7], TAUGHT], ids=str)
 def test_an_evaluation(
     case: Case, samples: int, at_once: int, prepared_run: PreparedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +150,7 @@ def test_an_evaluation(
             dp_size=grid.dp,
         )
 
-    planner = Planner(prepared.spec, prepared.pipeline, grid, prepared.resolved.config.train.precision)
+    planner = planner_of(prepared, grid)
     found = planner.evaluation(prepared.objective, lambda dp: (each.tensors(CPU) for each in rows(dp)), at_once=at_once)
     truth = simulated_evaluation(prepared, rows, tp=grid.tp, pp=case.pp, dp=grid.dp, sp=grid.sp)
     assert_same(planned(found), truth, case)

@@ -102,7 +102,8 @@ def labels(posted: list[tuple[Key, int]]) -> Iterator[None]:
         chosen: list[Message] = list(messages)
         for m in chosen:
             kind = "hidden vectors" if m.about.startswith("activation") else "gradients"
-            key = (self.ranks[self.index], f"{kind} between stages", self.axis, m.direction)
+            whose = "teacher's " if "teacher" in phases() else ""
+            key = (self.ranks[self.index], f"{whose}{kind} between stages", self.axis, m.direction)
             posted.append((key, m.tensor.numel() * m.tensor.element_size()))
         return correct(self, chosen)
 
@@ -143,6 +144,8 @@ def _named_part(cls: type, name: str, patch: pytest.MonkeyPatch) -> None:
 def item_of(record: Record) -> str:
     """What an operation is for, by its labels."""
     found = record.phase.split(" > ")
+    if "teacher" in found:
+        return "teacher"
     if record.operation == "broadcast":
         return "prepared tensors"
     if "sum counts" in found or "sum losses" in found:
@@ -193,6 +196,7 @@ def simulated_step(prepared: Prepared, *, tp: int, pp: int, dp: int, sp: bool) -
     def step(parallel: ParallelContext) -> None:
         model = LanguageModel(prepared.spec, parallel, prepared.pipeline.stages_of(parallel.pp.index))
         materialise(model, parallel, config.run.seed, torch_master(config.train.precision))
+        _give_teacher(prepared, model)
         weights = Weights(model, parallel, dtype)
         rows = step_rows(prepared, parallel.dp.index, parallel.dp.size)
         forward_backward(
@@ -220,6 +224,7 @@ def simulated_evaluation(prepared: Prepared, rows: Any, *, tp: int, pp: int, dp:
     def run(parallel: ParallelContext) -> None:
         model = LanguageModel(prepared.spec, parallel, prepared.pipeline.stages_of(parallel.pp.index))
         materialise(model, parallel, 7, DTYPES[prepared.resolved.config.train.precision])
+        _give_teacher(prepared, model)
         evaluate(model, prepared.objective, rows(parallel.dp.index), prepared.pipeline)
 
     posted: list[tuple[Key, int]] = []
@@ -227,6 +232,11 @@ def simulated_evaluation(prepared: Prepared, rows: Any, *, tp: int, pp: int, dp:
     with labels(posted):
         world.run(run)
     return said(world, posted)
+
+
+def _give_teacher(prepared: Prepared, model: LanguageModel) -> None:
+    if prepared.teacher is not None:
+        prepared.teacher.attach(model, prepared.resolved.config.train.precision, prepared.pipeline)
 
 
 def torch_master(precision: str) -> Any:

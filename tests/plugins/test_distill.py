@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from megalm.pipeline.plan import make_pipeline
 from megalm.plugin.contract.objective import IGNORE
 from megalm.plugin.manager import PluginManager
 from megalm.testing import ObjectiveSuite
-from megalm.testing.objective.subject import ObjectiveSubject
 from megalm.testing.parity import assert_parity, gradients_of, loss_and_gradients, make_model
 from megalm.testing.runs import make_run, make_store
 from megalm.train.feed import Rows
@@ -147,7 +143,7 @@ def test_refused(prepare: Make, teachers: dict[str, Path], tmp_path: Path, store
         prepare("mlm", None, "model.vocab_size=300")
     with pytest.raises(ConfigError, match=r"teacher .*has 16 positions, but train.sequence_length = 32"):
         prepare("mlm", None, "train.sequence_length=32")
-    with pytest.raises(ConfigError, match="distill scores rows that another builds"):
+    with pytest.raises(ConfigError, match="distill scores rows that another builds; join it with mlm or causal_lm"):
         make_run(
             tmp_path,
             store,
@@ -192,19 +188,13 @@ def test_a_run_goes_on_with_its_teacher_alone(
 
 
 class TestDistill(ObjectiveSuite):
-    """With a teacher that is made for it, of the same text and tokenizer."""
+    """With a teacher that the suite makes."""
 
-    objective = "distill+mlm"
+    objective = "distill"
     sample = 3
 
-    @classmethod
-    def subject(cls) -> ObjectiveSubject:
-        torch.set_num_threads(1)
-        folder = Path(tempfile.mkdtemp(prefix="megalm-teacher-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        sizes = ["model.hidden_size=32", "model.heads=16", "model.layers=8", "train.sequence_length=48"]
-        sizes += ["train.steps=1"]
-        run = make_run(folder, make_store(folder), objective="mlm", architecture="bert", overrides=sizes)
-        Trainer(run, single_rank()).run()
-        settings = [f'objective.distill.teacher="{run.run_dir}"']
-        return ObjectiveSubject(cls.objective, settings=settings, sample=cls.sample, **cls.asked())
+
+class TestDistillCausal(ObjectiveSuite):
+    objective = "causal_lm+distill"
+    settings = ("objective.distill.temperature=1.0",)
+    sample = 2

@@ -84,6 +84,16 @@ class Prepares:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A model that the run's model learns from, in the run's own layout. It has its tokenizer."""
+
+    path: str
+    """A checkpoint, or a run's folder, of which the newest is taken."""
+    hidden_size: int | None = None
+    """The width that it must have; None: any."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """What an objective asks of the backbone.
 
@@ -114,9 +124,9 @@ class Needs:
     parameters ``plugins.NAME.``..."""
     aux_models: Mapping[str, AuxModel] = field(default_factory=dict)
     """Smaller models that :meth:`Objective.prepare` uses."""
-    teacher: str | None = None
-    """A checkpoint, or a run's folder, whose model says for every batch what :meth:`LossContext.distill_loss` compares
-    with. It has the run's tokenizer, and is not trained."""
+    teacher: Teacher | None = None
+    """A model that is not trained, and says for every batch what :meth:`LossContext.distill_loss` and
+    :meth:`LossContext.teacher_hidden` give."""
     prepares: Prepares = field(default_factory=Prepares)
     """What :meth:`Objective.prepare` gives; where it says nothing, that is not called."""
 
@@ -239,6 +249,11 @@ class LossContext(Protocol):
         seq) is true: (n,) nats, in row-major order. The teacher is that of :attr:`Needs.teacher`."""
         ...
 
+    def teacher_hidden(self, where: torch.Tensor) -> torch.Tensor:
+        """The teacher's last hidden vectors of the positions where ``where`` (batch, seq) is true: (n, its width), in
+        row-major order, without gradients. :meth:`select` gives the model's own."""
+        ...
+
     def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """The hidden vectors of the positions where ``where`` (batch, seq) is true: (n, hidden), in row-major order.
 
@@ -332,8 +347,12 @@ class Objective(ABC):
     """Validated model of ``[objective.NAME]``."""
     packs: ClassVar[bool] = False
     """Can do as :attr:`ObjectiveEnv.packing` asks: rows of documents, numbered in the tensor ``documents``."""
-    builds: ClassVar[bool] = True
-    """Can build rows; False: only scores, or extends, those that another builds."""
+    joins: ClassVar[tuple[str, ...]] = ()
+    """Objectives whose rows it can score, where it builds none itself: it is then joined with one of these, or with
+    another that gives the same tensors. The proof kit takes the first."""
+    checkpoints: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a checkpoint of a model which the run does not train. Where they are left out, the proof kit
+    puts a small model there that it has trained for a step, with the objective's tokenizer and kind of attention."""
     version: ClassVar[int] = 1
     """Raise on any change of meaning; stored in checkpoints and compared on resume."""
 

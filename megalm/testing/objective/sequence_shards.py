@@ -97,6 +97,9 @@ class ShareContext:
     def distill_loss(self, hidden: torch.Tensor, where: torch.Tensor, temperature: float) -> torch.Tensor:
         return self.inner.distill_loss(hidden, self._whole(where, False), temperature)
 
+    def teacher_hidden(self, where: torch.Tensor) -> torch.Tensor:
+        return self.inner.teacher_hidden(self._whole(where, False))
+
     def select(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return self.inner.select(hidden, self._whole(where, False))
 

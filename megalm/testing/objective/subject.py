@@ -19,6 +19,13 @@ from megalm.pipeline.plan import Pipeline, make_pipeline
 from megalm.plugin.contract.objective import Corpus, Needs, ObjectiveEnv
 from megalm.plugin.manager import PluginManager
 from megalm.testing.layouts import ROWS, RankLayout
+from megalm.testing.objective.companions import (
+    ORDINARY,
+    make_teacher,
+    missing_checkpoints,
+    with_builder,
+    without_teachers,
+)
 from megalm.testing.runs import load_run, make_run, make_store
 from megalm.train.feed import Rows
 from megalm.train.objective import TrainingObjective, build_objective
@@ -37,7 +44,8 @@ class ObjectiveSubject:
     """What the checks of an objective work on.
 
     Args:
-        name: what ``train.objective`` would say; ``a+b`` for a joint objective.
+        name: what ``train.objective`` would say; ``a+b`` for a joint objective. One that scores the rows of others is
+            joined with one of them, and one that learns from a checkpoint gets a small one.
         manager: default: one with all installed plugins.
         settings: more ``key=value`` overrides, such as ``objective.mlm.mask_prob=0.3``.
         full: every layout of up to sixteen ranks, and more samples.
@@ -104,10 +112,39 @@ class ObjectiveSubject:
         return Path(self._folder.name)
 
     def _needs(self) -> Needs:
-        """What the objective asks for, which decides the run that can train it."""
+        """What the objective asks for, which decides the run that can train it; what it cannot do without is made."""
+        self._trained = with_builder(self.name, self.manager)
+        if missing := missing_checkpoints(self._trained, self.settings, self.manager):
+            needs = self._needs_of(self._trained, [*self._overrides(), *(f'{key}="-"' for key in missing)])
+            teacher = self._teacher(needs)
+            self.settings += tuple(f'{key}="{teacher}"' for key in missing)
+        return self._needs_of(self._trained, self._overrides())
+
+    def _teacher(self, needs: Needs) -> Path:
+        """The folder of a run whose model the objective can learn from."""
+        attention = needs.attention or "causal"
+        objective, own = without_teachers(self._trained, self._overrides(), self.manager)
+        if objective is None or not self._needs_of(objective, own).lm_head:
+            objective = "+".join(filter(None, (objective, ORDINARY[attention])))
+        if needs.coupling == "cell":
+            own += [f"train.cell={ROWS}", f"eval.samples={ROWS}"]
+        own += [f"train.global_batch={ROWS}", f"train.micro_batch={ROWS}"]
+        return make_teacher(
+            Path(tempfile.mkdtemp(dir=self.folder)),
+            self._store,
+            objective,
+            ARCHITECTURES[attention],
+            own,
+            self.manager,
+            length=self.sequence_length,
+            device=self.device,
+            full=self.full,
+        )
+
+    def _needs_of(self, objective: str, overrides: list[str]) -> Needs:
         with tempfile.TemporaryDirectory() as folder:
             resolved = load_run(
-                Path(folder), self._store, objective=self.name, overrides=self._overrides(), manager=self.manager
+                Path(folder), self._store, objective=objective, overrides=overrides, manager=self.manager
             )
         _, tokenizer = load_tokenizer(
             self._store / TOKENIZER_FOLDER, self.manager.tokenizer_class
@@ -190,7 +227,7 @@ class ObjectiveSubject:
         return make_run(
             folder,
             self._store,
-            objective=self.name,
+            objective=self._trained,
             architecture=self._architecture,
             overrides=overrides,
             manager=self.manager,
