@@ -28,6 +28,7 @@ FGM = 'train.adversarial={method="fgm", epsilon=0.5}'
 FREELB = 'train.adversarial={method="freelb", epsilon=0.5, step_size=0.1, steps=4}'
 LARGEST = 'train.adversarial={method="freelb", epsilon=0.5, step_size=0.1, steps=2, norm="linf"}'
 REPLACED = Case("bert", Grid(2, 2), ("train.objective=rtd", "objective.rtd.generator_width=0.5", ACCUMULATE))
+HIDDEN = ("objective.distill.hidden_weight=0.5", "objective.distill.teacher_hidden_size=36")
 NAMED = [
     Case("gpt2", Grid(2, 1), ("model.layers=3", ACCUMULATE)),
     Case("gpt2", Grid(2, 2, True), (ACCUMULATE, "model.dropout=0.2", "model.attention_dropout=0.1")),
@@ -56,6 +57,7 @@ NAMED = [
     Case("gpt2", Grid(2, 2), ("train.objective=causal_lm+distill", "train.precision=bfloat16", ACCUMULATE)),
     Case("bert", Grid(3, 1), ("train.objective=distill+mlm", "train.micro_batch=1", "objective.mlm.mask_prob=0.02")),
     Case("bert", Grid(2, 2, True), ("train.objective=distill+mlm+nsp", "model.lm_head_transform=false", ACCUMULATE)),
+    Case("bert", Grid(2, 2, True), ("train.objective=distill+mlm", *HIDDEN, ACCUMULATE)),
     Case("gpt2", Grid(2, 2), ("train.recompute=full", "model.dropout=0.1", ACCUMULATE)),
     Case("llama", Grid(3, 1), ("train.recompute=full", "model.gated=true", "model.norm_placement=post")),
     Case("bert", Grid(2, 1, True), ("train.recompute=full", "train.precision=bfloat16")),

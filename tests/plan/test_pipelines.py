@@ -22,7 +22,7 @@ from megalm.train.feed import Rows, evaluation_rows
 from megalm.train.prepare import Prepared
 
 from .cases import CPU, Case, PreparedRun, check, plan_of, planner_of
-from .test_comm import FGM, FREELB, SCORES, ThirdParty
+from .test_comm import FGM, FREELB, HIDDEN, SCORES, ThirdParty
 from .truth import assert_same, planned, simulated_evaluation, simulated_step
 
 ONE, TWO = "train.micro_batch=1", "train.micro_batch=2"
@@ -53,7 +53,7 @@ NAMED = [
     Case("gpt2", Grid(1, 2), run("1f1b", FREELB, "model.layers=3", ONE), 3),
     Case("gpt2", Grid(2), run("gpipe", "parallel.pp_virtual=2", "model.layers=2", TWO), 1),
     Case("gpt2", Grid(2, 1, True), run("interleaved", "train.objective=causal_lm+distill", "model.layers=4", TWO), 2),
-    Case("bert", Grid(2), run("zb-v", "train.objective=distill+mlm", "model.layers=6", ONE), 3),
+    Case("bert", Grid(2), run("zb-v", "train.objective=distill+mlm", *HIDDEN, "model.layers=6", ONE), 3),
     Case("bert", Grid(1, 2), run("1f1b", "train.objective=distill+mlm+nsp", "train.recompute=full", ONE), 1),
 ]
 

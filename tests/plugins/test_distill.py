@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch.nn.functional as F
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.errors import CheckpointError, ConfigError, MegalmError
-from megalm.model.language_model import logical_shapes
+from megalm.model.hf.names import TensorMap, tensor_map
+from megalm.model.language_model import LanguageModel, logical_shapes
 from megalm.nn.microbatch import make_microbatch
+from megalm.nn.module import logical_pieces
 from megalm.parallel.mesh import ParallelContext, single_rank
 from megalm.parallel.sim import run_simulated
 from megalm.pipeline.plan import make_pipeline
 from megalm.plugin.contract.objective import IGNORE
 from megalm.plugin.manager import PluginManager
 from megalm.testing import ObjectiveSuite
+from megalm.testing.objective.companions import TEACHER_SIZE
 from megalm.testing.parity import assert_parity, gradients_of, loss_and_gradients, make_model
 from megalm.testing.runs import make_run, make_store
 from megalm.train.feed import Rows
@@ -102,6 +106,83 @@ def test_equals_kl_div(prepare: Make, with_: str) -> None:
     torch.testing.assert_close(found["backbone.embedding.tokens.weight"], gradient, rtol=1e-9, atol=1e-11)
 
 
+def in_transformers(model: LanguageModel, model_type: str) -> tuple[Any, TensorMap]:
+    """The same model in float64, and whose tensors are whose."""
+    transformers = pytest.importorskip("transformers")
+    spec = replace(model.spec, modules={})
+    sizes = {"vocab_size": spec.vocab_size, "attn_implementation": "eager"}
+    if model_type == "bert":
+        config = transformers.BertConfig(
+            hidden_size=spec.cfg.hidden_size,
+            num_hidden_layers=spec.cfg.layers,
+            num_attention_heads=spec.cfg.heads,
+            intermediate_size=spec.ffn_size,
+            max_position_embeddings=spec.max_positions,
+            type_vocab_size=max(1, spec.token_types),
+            layer_norm_eps=spec.cfg.norm_eps,
+            **sizes,
+        )
+        made = transformers.BertForMaskedLM(config)
+    else:
+        config = transformers.GPT2Config(
+            n_embd=spec.cfg.hidden_size,
+            n_layer=spec.cfg.layers,
+            n_head=spec.cfg.heads,
+            n_inner=spec.ffn_size,
+            n_positions=spec.max_positions,
+            layer_norm_epsilon=spec.cfg.norm_eps,
+            bos_token_id=None,
+            eos_token_id=None,
+            **sizes,
+        )
+        made = transformers.GPT2LMHeadModel(config)
+    made, names = made.double().eval(), tensor_map(model_type, spec)
+    pieces = (piece for _, _, pieces in logical_pieces(model, single_rank()) for piece in pieces)
+    tensors = {piece.name: piece.local.detach() for piece in pieces if not piece.name.startswith("plugins.")}
+    missing, unexpected = made.load_state_dict(names.to_hf(tensors), strict=False)
+    assert not unexpected
+    assert {names.tied.get(name, name) for name in missing} <= {entry.hf for entry in names.entries}
+    made.tie_weights()
+    return made, names
+
+
+@pytest.mark.parametrize(("with_", "model_type"), [("mlm", "bert"), ("causal_lm", "gpt2")])
+def test_equals_transformers(prepare: Make, with_: str, model_type: str) -> None:
+    """All three terms and every gradient, the projection's too."""
+    hidden = ("objective.distill.hidden_weight=0.7", "objective.distill.teacher_hidden_size=36")
+    prepared = prepare(with_, None, *hidden, "objective.distill.weight=0.4", "model.dropout=0")
+    examples = [prepared.objective.build(n, prepared.train, (7, "train", 0)) for n in range(6)]
+    rows = Rows(prepared.objective.collate(examples), tuple(range(6)))
+    found = gradients_of(prepared, single_rank(), [rows])
+
+    model = make_model(prepared, single_rank(), seed=prepared.resolved.config.run.seed)
+    assert model.teacher is not None
+    student, names = in_transformers(model, model_type)
+    teacher, _ = in_transformers(model.teacher, model_type)
+    projection = model.get_parameter("plugins.distill_projection.weight").detach().clone().requires_grad_()
+    assert projection.shape == (36, 24)
+    tokens, labels = torch.from_numpy(rows.batch["tokens"]), torch.from_numpy(rows.batch["labels"])
+    scored = labels != IGNORE
+    own = student(tokens, output_hidden_states=True)
+    with torch.no_grad():
+        its = teacher(tokens, output_hidden_states=True)
+    own_logits, its_logits = own.logits[scored], its.logits[scored]
+    log_own, log_its = (F.log_softmax(each / 2.0, dim=1) for each in (own_logits, its_logits))
+    terms = {
+        with_: F.cross_entropy(own_logits, labels[scored]),
+        "distill": 4.0 * F.kl_div(log_own, log_its, reduction="batchmean", log_target=True),
+        "distill_hidden": F.mse_loss(own.hidden_states[-1][scored] @ projection.t(), its.hidden_states[-1][scored]),
+    }
+    for name, value in terms.items():
+        assert found[f"loss.{name}"].item() == pytest.approx(value.item(), rel=1e-9)
+    (terms[with_] + 0.4 * terms["distill"] + 0.7 * terms["distill_hidden"]).backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    expected = {**names.to_logical(gradients), "plugins.distill_projection.weight": projection.grad}
+    assert {name for name in found if not name.startswith(("loss", "grad_norm"))} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("world", "schedule", "virtual"),
     [
@@ -152,6 +233,10 @@ def test_refused(prepare: Make, teachers: dict[str, Path], tmp_path: Path, store
             overrides=[f'objective.distill.teacher="{teachers["mlm"]}"'],
             manager=manager,
         )
+    with pytest.raises(ConfigError, match=r"objective\.distill\.teacher_hidden_size: missing"):
+        prepare("mlm", None, "objective.distill.hidden_weight=1.0")
+    with pytest.raises(ConfigError, match=r"teacher .*has model.hidden_size = 36, but distill\+mlm was told of 24"):
+        prepare("mlm", None, "objective.distill.hidden_weight=1.0", "objective.distill.teacher_hidden_size=24")
     with pytest.raises(ConfigError, match=r"objective\.distill\.teacher: missing"):
         make_run(tmp_path, store, objective="distill+mlm", architecture="bert", manager=manager)
 
@@ -191,6 +276,14 @@ class TestDistill(ObjectiveSuite):
     """With a teacher that the suite makes."""
 
     objective = "distill"
+    sample = 3
+
+
+class TestDistillHidden(ObjectiveSuite):
+    """With the hidden vectors of a teacher of another width."""
+
+    objective = "distill+mlm+nsp"
+    settings = ("objective.distill.hidden_weight=0.5", f"objective.distill.teacher_hidden_size={TEACHER_SIZE}")
     sample = 3
 
 
