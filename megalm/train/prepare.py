@@ -175,6 +175,9 @@ def prepare_run(
         requests = kernel_requests(spec, device, config.train.precision)
         kernels, decisions = choose_kernels(requests, config.kernels.model_dump(), manager)
         spec = replace(spec, kernels=kernels)
+        if teacher is not None:
+            requests = kernel_requests(teacher.spec, device, config.train.precision)
+            teacher = teacher.computed_by(choose_kernels(requests, config.kernels.model_dump(), manager)[0])
     chosen = {key: manager.load_component(component) for key, component in resolved.components.items()}
     optimizer = ("optimizer", config.train.optimizer)
     schedule = ("lr_schedule", config.train.lr_schedule)

@@ -8,7 +8,7 @@ are its hidden vectors of the step, on the ranks with the last stage.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalm.checkpoint.manifest import MANIFEST
@@ -17,6 +17,7 @@ from megalm.errors import ConfigError
 from megalm.model.language_model import LanguageModel
 from megalm.model.spec import ModelSpec, tensor_parallel_problems
 from megalm.model.stages import split_problems
+from megalm.ops.kernels import Kernels
 from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
@@ -34,6 +35,10 @@ class Teacher:
     def spec(self) -> ModelSpec:
         """Its model."""
         return self.stored.spec
+
+    def computed_by(self, kernels: Kernels) -> Teacher:
+        """The same, with other implementations of its operations."""
+        return replace(self, stored=replace(self.stored, spec=replace(self.spec, kernels=kernels)))
 
     @property
     def identity(self) -> str:
