@@ -281,6 +281,15 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
+def use_threads(count: int, device: torch.device) -> None:
+    """Compute with so many threads, and on this device where it is one of several."""
+    import torch
+
+    torch.set_num_threads(count)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def default_threads(place: Place) -> int:
     """This rank's share of the host's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""``megalm eval``: what a checkpoint's head is worth on labelled records."""
+"""``megalm eval``: what a checkpoint's head is worth on labelled records, or its language model on text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from megalm.cli.head_data import (
     Batch,
     Checkpoint,
     Columns,
-    Data,
     Device,
     Format,
     Header,
@@ -30,7 +29,15 @@ from megalm.cli.options import Plugins, names
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Data,
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="A head's records: TSV, CSV, JSONL, CoNLL or SQuAD-like JSON. A language model's text: files, or a "
+            "folder of megalm data prepare. May be repeated.",
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write metrics and report there as JSON.")
     ] = None,
@@ -48,11 +55,57 @@ def evaluate(
     device: Device = "auto",
     tokenizer: TokenizerSpec = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="PART", help="Of a prepared folder: validation (default) or train.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", metavar="N", min=1, help="The first N rows of text; default: all.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", metavar="N", min=1, help="Tokens of a row; default: as it was trained.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of a language model.")] = None,
+    pp: Annotated[int | None, typer.Option("--pp", min=1, help="Its pipeline ranks; the rest share its rows.")] = None,
+    sp: Annotated[bool, typer.Option("--sp", help="Its tensor-parallel ranks share tokens as well.")] = False,
     plugins: Plugins = None,
 ) -> None:
-    """Measure a checkpoint's head on labelled records, by class where it has classes."""
-    from megalm.data.labelled.predictions import read_predictions
+    """Measure a checkpoint's head on labelled records, by class where it has classes; or a language model's loss and
+    perplexity on text. The latter on several ranks as well: torchrun --nproc-per-node N -m megalm.cli eval CKPT ..."""
+    from megalm.cli.evaluate_language import Asked, evaluate_language, has_head
     from megalm.errors import UsageError
+
+    heads: dict[str, Any] = {"--predictions": predictions, "--format": format, "--column": column, "--only": only}
+    heads |= {"--header": header, "--skip": skip or None}
+    texts: dict[str, Any] = {"--part": part, "--samples": samples, "--length": length}
+    texts |= {"--tp": tp, "--pp": pp, "--sp": sp or None}
+    headed = has_head(checkpoint)
+    if wrong := [option for option, value in (texts if headed else heads).items() if value is not None]:
+        meant = "a language model's text, and this checkpoint has a head"
+        meant = meant if headed else "a head's records, and this checkpoint has a language model and no head"
+        raise UsageError(f"{' and '.join(wrong)}: for {meant}")
+    if not headed:
+        if part not in (None, "train", "validation"):
+            raise UsageError(f"--part {part}: expected validation or train")
+        asked = Asked(
+            checkpoint=checkpoint,
+            data=data,
+            part=part or "validation",
+            samples=samples,
+            length=length,
+            batch=batch,
+            precision=precision,
+            device=device,
+            tp=tp or 1,
+            pp=pp or 1,
+            sp=sp,
+            tokenizer=tokenizer,
+            plugins=names(plugins),
+            out=out,
+            json=json,
+        )
+        evaluate_language(asked)
+        return
+    from megalm.data.labelled.predictions import read_predictions
     from megalm.files import write_text
     from megalm.train.scoring import score
 

@@ -14,8 +14,6 @@ import typer
 from megalm.cli.options import Plugins, names
 
 if TYPE_CHECKING:
-    import torch
-
     from megalm.parallel.mesh import ParallelContext
     from megalm.pipeline.plan import Pipeline
     from megalm.train.generate import Generated
@@ -115,14 +113,14 @@ def generate(
     if place.world_size == 1:
         job, _ = prepare()
         where = launch.choose_device(device, place)
-        _threads(launch.default_threads(place), where)
+        launch.use_threads(launch.default_threads(place), where)
         _run(job, single_rank(where))
         return
     launch.end_with_launcher()
     rendezvous = Rendezvous(place)
     job = launch.prepare_together(rendezvous, prepare)
     where = launch.choose_device(device, place)
-    _threads(launch.default_threads(place), where)
+    launch.use_threads(launch.default_threads(place), where)
     status = launch.run_rank(
         lambda parallel: _run(job, parallel),
         rendezvous,
@@ -134,14 +132,6 @@ def generate(
         timeout=_TIMEOUT,
     )
     raise typer.Exit(status)
-
-
-def _threads(count: int, device: torch.device) -> None:
-    import torch
-
-    torch.set_num_threads(count)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def _texts(given: list[str], file: Path | None) -> list[str]:

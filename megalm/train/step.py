@@ -42,6 +42,8 @@ class Losses:
 
     total: float
     terms: dict[str, float]
+    scored: dict[str, int]
+    """Items of each term."""
 
 
 def forward_backward(
@@ -179,4 +181,4 @@ class _Sums:
             if name not in self._prepared:
                 means[PREFIX + name] = _share(s, scored[name])
                 total += self._weights[name] * means[PREFIX + name]
-        return Losses(total, means)
+        return Losses(total, means, scored)

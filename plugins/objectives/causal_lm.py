@@ -45,6 +45,7 @@ class CausalLM(Objective):
     packs = True
     Config = CausalLMConfig
     cfg: CausalLMConfig
+    perplexities = ("causal_lm",)
 
     def needs(self) -> Needs:
         tensors = {"tokens": TensorSpec(), "labels": TensorSpec(to="last")}

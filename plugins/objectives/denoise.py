@@ -96,6 +96,7 @@ class Denoise(Objective):
 
     Config = DenoiseConfig
     cfg: DenoiseConfig
+    perplexities = ("denoise",)
 
     def __init__(self, cfg: DenoiseConfig, env: ObjectiveEnv) -> None:
         super().__init__(cfg, env)

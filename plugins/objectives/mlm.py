@@ -66,6 +66,7 @@ class MaskedLM(Objective):
     packs = True
     Config = MaskedLMConfig
     cfg: MaskedLMConfig
+    perplexities = ("mlm",)
     version = 2
     name: ClassVar[str] = "mlm"
 

@@ -79,6 +79,8 @@ class ReplacedTokens(MaskedLM):
             prepares=Prepares(("tokens", "replaced"), ("rtd_generator",)),
         )
 
+    perplexities = ("rtd_generator",)
+
     def weights(self) -> Mapping[str, float]:
         return {"rtd": self.cfg.weight, "rtd_generator": self.cfg.generator_weight}
 

@@ -80,6 +80,7 @@ class SpanMaskedLM(Objective):
 
     Config = SpanMaskedLMConfig
     cfg: SpanMaskedLMConfig
+    perplexities = ("span_mlm", "span_boundary")
 
     def __init__(self, cfg: SpanMaskedLMConfig, env: ObjectiveEnv) -> None:
         super().__init__(cfg, env)

@@ -350,6 +350,9 @@ class Objective(ABC):
     joins: ClassVar[tuple[str, ...]] = ()
     """Objectives whose rows it can score, where it builds none itself: it is then joined with one of these, or with
     another that gives the same tensors. The proof kit takes the first."""
+    perplexities: ClassVar[tuple[str, ...]] = ()
+    """Terms whose items are predicted tokens, so that the exponential of their mean is a perplexity: a model's own,
+    where each token is predicted from all before it, else a pseudo-perplexity."""
     checkpoints: ClassVar[tuple[str, ...]] = ()
     """Settings that name a checkpoint of a model which the run does not train. Where they are left out, the proof kit
     puts a small model there that it has trained for a step, with the objective's tokenizer and kind of attention."""

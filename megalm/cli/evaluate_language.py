@@ -1,0 +1,236 @@
+"""``megalm eval`` of a checkpoint without a head: what its model is worth on text, on one process or several."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from megalm.data.store import TokenStore
+    from megalm.parallel.mesh import ParallelContext
+    from megalm.pipeline.plan import Pipeline
+    from megalm.plugin.manager import PluginManager
+    from megalm.train.objective import TrainingObjective
+    from megalm.train.stored import Stored
+
+_TIMEOUT = 600.0
+"""Seconds after which ranks that wait for each other give up."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was said on the command line."""
+
+    checkpoint: Path
+    data: list[Path]
+    part: str
+    samples: int | None
+    length: int | None
+    batch: int
+    precision: str | None
+    device: str
+    tp: int
+    pp: int
+    sp: bool
+    tokenizer: str | None
+    plugins: list[str] | None
+    out: Path | None
+    json: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that can be wrong was looked for."""
+
+    stored: Stored
+    objective: TrainingObjective
+    corpus: TokenStore
+    samples: int
+    length: int
+    seed: int
+    precision: str
+    pipeline: Pipeline | None
+    folder: tempfile.TemporaryDirectory[str]
+    """Of what was made of text files; kept as long as the job is."""
+
+
+def has_head(checkpoint: Path) -> bool:
+    """Whether a checkpoint was made with a head, as its manifest says."""
+    from megalm.checkpoint.manifest import read_manifest
+    from megalm.train.stored import find_checkpoint
+
+    return read_manifest(find_checkpoint(checkpoint)[0]).state.get("head") is not None
+
+
+def evaluate_language(asked: Asked) -> None:
+    """Measure and show; several ranks do it together, and the first shows it."""
+    from megalm import launch
+    from megalm.parallel.bootstrap import Place, Rendezvous
+    from megalm.parallel.mesh import single_rank
+
+    place = Place.from_environment()
+    if place.world_size == 1:
+        job = _prepare(asked, 1)
+        where = launch.choose_device(asked.device, place)
+        launch.use_threads(launch.default_threads(place), where)
+        _run(asked, job, single_rank(where))
+        return
+    launch.end_with_launcher()
+    rendezvous = Rendezvous(place)
+
+    def prepare() -> tuple[_Job, dict[str, Any]]:
+        job = _prepare(asked, place.world_size)
+        return job, {"checkpoint": job.stored.manifest.sha256, "tokens": job.corpus.num_tokens, "rows": job.samples}
+
+    job = launch.prepare_together(rendezvous, prepare)
+    where = launch.choose_device(asked.device, place)
+    launch.use_threads(launch.default_threads(place), where)
+    status = launch.run_rank(
+        lambda parallel: _run(asked, job, parallel),
+        rendezvous,
+        where,
+        tp=asked.tp,
+        pp=asked.pp,
+        dp=place.world_size // (asked.tp * asked.pp),
+        sp=asked.sp,
+        timeout=_TIMEOUT,
+    )
+    raise typer.Exit(status)
+
+
+def _prepare(asked: Asked, ranks: int) -> _Job:
+    from megalm.data.tokenizer import tokenizer_from_spec
+    from megalm.errors import LayoutError, UsageError
+    from megalm.model.spec import tensor_parallel_problems
+    from megalm.optim.weights import DTYPES
+    from megalm.pipeline.plan import make_pipeline
+    from megalm.plugin.manager import PluginManager
+    from megalm.train.language_scoring import language_objective
+    from megalm.train.stored import find_checkpoint, open_stored
+
+    manager = PluginManager.for_launch(asked.plugins)
+    folder, complaints = find_checkpoint(asked.checkpoint)
+    for complaint in complaints:
+        typer.echo(f"megalm: damaged checkpoint passed over: {complaint}", err=True)
+    chosen = None
+    if asked.tokenizer is not None:
+        chosen = tokenizer_from_spec(asked.tokenizer, lambda name: manager.load_class("tokenizers", name))
+    stored = open_stored(folder, manager, chosen, required=True)
+    spec, train = stored.spec, stored.resolved.config.train
+    precision = asked.precision or train.precision
+    if precision not in DTYPES:
+        raise UsageError(f"--precision {precision}: expected one of {', '.join(DTYPES)}")
+    length = asked.length or train.sequence_length
+    most = spec.max_positions - spec.cfg.position_offset
+    if spec.cfg.position == "learned" and length > most:
+        raise UsageError(f"--length {length}: the model has {most} positions")
+    tp, pp = asked.tp, asked.pp
+    if ranks % (tp * pp):
+        raise LayoutError(f"{ranks} rank(s) cannot be divided into groups of --tp {tp} times --pp {pp}")
+    if problems := tensor_parallel_problems(spec, tp):
+        raise LayoutError("; ".join(problems))
+    if asked.sp and length % tp:
+        raise LayoutError(f"--sp: rows of {length} tokens cannot be shared by --tp {tp} ranks; --length N sets another")
+    pipeline = make_pipeline(spec, manager, schedule="gpipe", ranks=pp, microbatches=pp) if pp > 1 else None
+    objective = language_objective(stored, manager, length=length)
+    kept = tempfile.TemporaryDirectory(prefix="megalm-eval-")
+    corpus = _corpus(asked, stored, manager, Path(kept.name))
+    objective.check_corpus(corpus)
+    whole = objective.num_samples(corpus)
+    return _Job(
+        stored=stored,
+        objective=objective,
+        corpus=corpus,
+        samples=whole if asked.samples is None else min(whole, asked.samples),
+        length=length,
+        seed=int(stored.manifest.state["config"].get("run", {}).get("seed", 0)),
+        precision=precision,
+        pipeline=pipeline,
+        folder=kept,
+    )
+
+
+def _corpus(asked: Asked, stored: Stored, manager: PluginManager, folder: Path) -> TokenStore:
+    """The part of a store that is named, or a store of texts."""
+    from megalm.data.manifest import NAME
+    from megalm.data.prepare import prepare
+    from megalm.data.store import TokenStore
+    from megalm.errors import UsageError
+
+    stores = [path for path in asked.data if (path / NAME).is_file()]
+    if stores and len(asked.data) > 1:
+        raise UsageError(f"--data {stores[0]}: a prepared store is measured alone")
+    if stores:
+        store = TokenStore.open(stores[0], asked.part)
+        store.check_tokenizer(stored.tokenizer)
+        return store
+    assert stored.component is not None  # the tokenizer was required
+    prepare(asked.data, stored.tokenizer, folder / "data", component=stored.component, validation=0)
+    return TokenStore.open(folder / "data", "train")
+
+
+def _run(asked: Asked, job: _Job, parallel: ParallelContext) -> None:
+    from megalm.errors import UsageError
+    from megalm.files import write_text
+    from megalm.train.language_scoring import score_language
+
+    stages = None if job.pipeline is None else job.pipeline.stages_of(parallel.pp.index)
+    model = job.stored.model(parallel, job.precision, stages)
+    found = score_language(
+        model,
+        job.objective,
+        job.corpus,
+        seed=job.seed,
+        samples=job.samples,
+        micro_batch=asked.batch,
+        pipeline=job.pipeline,
+    )
+    if parallel.rank != 0:
+        return
+    told = {
+        "checkpoint": str(job.stored.folder),
+        "objective": job.objective.name,
+        "data": [str(path) for path in asked.data],
+        "rows": job.samples,
+        "sequence_length": job.length,
+        "loss": found.total,
+        "terms": dict(found.terms),
+        "scored": dict(found.scored),
+        "perplexity": dict(found.perplexity),
+    }
+    text = jsonlib.dumps(told, ensure_ascii=False, indent=2) + "\n"
+    if asked.out is not None:
+        try:
+            write_text(asked.out, text)
+        except OSError as error:
+            raise UsageError(f"--out {asked.out}: cannot be written: {error.strerror}") from None
+    if asked.json:
+        typer.echo(text, nl=False)
+    else:
+        _show(told)
+
+
+def _show(told: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    rows, length = told["rows"], told["sequence_length"]
+    console.print(Text(f"{told['objective']} of {told['checkpoint']} on {rows} rows of up to {length} tokens"))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("scored", "loss", "perplexity"):
+        table.add_column(name, justify="right")
+    for name, nats in told["terms"].items():
+        perplexity = told["perplexity"].get(name)
+        shown = "" if perplexity is None else f"{perplexity:,.3f}"
+        table.add_row(Text(name), f"{told['scored'][name]:,}", f"{nats:.4f}", shown)
+    console.print(table)
