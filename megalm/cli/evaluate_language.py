@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from megalm.data.store import TokenStore
     from megalm.parallel.mesh import ParallelContext
     from megalm.pipeline.plan import Pipeline
-    from megalm.plugin.manager import PluginManager
     from megalm.train.objective import TrainingObjective
     from megalm.train.stored import Stored
 
@@ -57,8 +56,6 @@ class _Job:
     seed: int
     precision: str
     pipeline: Pipeline | None
-    folder: tempfile.TemporaryDirectory[str]
-    """Of what was made of text files; kept as long as the job is."""
 
 
 def has_head(checkpoint: Path) -> bool:
@@ -71,13 +68,19 @@ def has_head(checkpoint: Path) -> bool:
 
 def evaluate_language(asked: Asked) -> None:
     """Measure and show; several ranks do it together, and the first shows it."""
+    with tempfile.TemporaryDirectory(prefix="megalm-eval-") as folder:
+        _evaluate(asked, Path(folder))
+
+
+def _evaluate(asked: Asked, folder: Path) -> None:
+    """``folder``: for what is made of text files."""
     from megalm import launch
     from megalm.parallel.bootstrap import Place, Rendezvous
     from megalm.parallel.mesh import single_rank
 
     place = Place.from_environment()
     if place.world_size == 1:
-        job = _prepare(asked, 1)
+        job = _prepare(asked, folder, 1)
         where = launch.choose_device(asked.device, place)
         launch.use_threads(launch.default_threads(place), where)
         _run(asked, job, single_rank(where))
@@ -86,7 +89,7 @@ def evaluate_language(asked: Asked) -> None:
     rendezvous = Rendezvous(place)
 
     def prepare() -> tuple[_Job, dict[str, Any]]:
-        job = _prepare(asked, place.world_size)
+        job = _prepare(asked, folder, place.world_size)
         return job, {"checkpoint": job.stored.manifest.sha256, "tokens": job.corpus.num_tokens, "rows": job.samples}
 
     job = launch.prepare_together(rendezvous, prepare)
@@ -105,24 +108,17 @@ def evaluate_language(asked: Asked) -> None:
     raise typer.Exit(status)
 
 
-def _prepare(asked: Asked, ranks: int) -> _Job:
-    from megalm.data.tokenizer import tokenizer_from_spec
+def _prepare(asked: Asked, made: Path, ranks: int) -> _Job:
+    from megalm.cli.checkpoints import open_checkpoint
     from megalm.errors import LayoutError, UsageError
     from megalm.model.spec import tensor_parallel_problems
     from megalm.optim.weights import DTYPES
     from megalm.pipeline.plan import make_pipeline
     from megalm.plugin.manager import PluginManager
     from megalm.train.language_scoring import language_objective
-    from megalm.train.stored import find_checkpoint, open_stored
 
     manager = PluginManager.for_launch(asked.plugins)
-    folder, complaints = find_checkpoint(asked.checkpoint)
-    for complaint in complaints:
-        typer.echo(f"megalm: damaged checkpoint passed over: {complaint}", err=True)
-    chosen = None
-    if asked.tokenizer is not None:
-        chosen = tokenizer_from_spec(asked.tokenizer, lambda name: manager.load_class("tokenizers", name))
-    stored = open_stored(folder, manager, chosen, required=True)
+    stored = open_checkpoint(asked.checkpoint, manager, asked.tokenizer, required=True)
     spec, train = stored.spec, stored.resolved.config.train
     precision = asked.precision or train.precision
     if precision not in DTYPES:
@@ -140,8 +136,7 @@ def _prepare(asked: Asked, ranks: int) -> _Job:
         raise LayoutError(f"--sp: rows of {length} tokens cannot be shared by --tp {tp} ranks; --length N sets another")
     pipeline = make_pipeline(spec, manager, schedule="gpipe", ranks=pp, microbatches=pp) if pp > 1 else None
     objective = language_objective(stored, manager, length=length)
-    kept = tempfile.TemporaryDirectory(prefix="megalm-eval-")
-    corpus = _corpus(asked, stored, manager, Path(kept.name))
+    corpus = _corpus(asked, stored, made)
     objective.check_corpus(corpus)
     whole = objective.num_samples(corpus)
     return _Job(
@@ -153,11 +148,10 @@ def _prepare(asked: Asked, ranks: int) -> _Job:
         seed=int(stored.manifest.state["config"].get("run", {}).get("seed", 0)),
         precision=precision,
         pipeline=pipeline,
-        folder=kept,
     )
 
 
-def _corpus(asked: Asked, stored: Stored, manager: PluginManager, folder: Path) -> TokenStore:
+def _corpus(asked: Asked, stored: Stored, folder: Path) -> TokenStore:
     """The part of a store that is named, or a store of texts."""
     from megalm.data.manifest import NAME
     from megalm.data.prepare import prepare
@@ -171,9 +165,26 @@ def _corpus(asked: Asked, stored: Stored, manager: PluginManager, folder: Path) 
         store = TokenStore.open(stores[0], asked.part)
         store.check_tokenizer(stored.tokenizer)
         return store
+    tables = [path for path in asked.data if _is_table(path)]
+    if tables:
+        raise UsageError(
+            f"{tables[0]}: holds records, but {stored.folder} has no head: it was trained with "
+            f"{', '.join(stored.objective.parts)}. Train one on it with train.head, or name texts"
+        )
     assert stored.component is not None  # the tokenizer was required
     prepare(asked.data, stored.tokenizer, folder / "data", component=stored.component, validation=0)
     return TokenStore.open(folder / "data", "train")
+
+
+def _is_table(path: Path) -> bool:
+    """A file that by its name holds records, and no running text."""
+    from megalm.data.labelled.read import format_of
+    from megalm.errors import DataError
+
+    try:
+        return format_of(path) in ("tsv", "csv", "conll")
+    except DataError:
+        return False
 
 
 def _run(asked: Asked, job: _Job, parallel: ParallelContext) -> None:

@@ -7,11 +7,12 @@ measured without its teacher.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megalm.data.store import TokenStore
-from megalm.errors import CheckpointError, ConfigError
+from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.metrics.measures.numbers import perplexity
 from megalm.model.language_model import LanguageModel
 from megalm.pipeline.plan import Pipeline
@@ -30,7 +31,7 @@ class LanguageScores:
     total: float
     """Weighted sum of the terms, in nats."""
     terms: Mapping[str, float]
-    """Means, in nats."""
+    """Means, in nats, of the terms that scored something."""
     scored: Mapping[str, int]
     """Items of each term: tokens, or rows."""
     perplexity: Mapping[str, float]
@@ -73,13 +74,19 @@ def score_language(
 ) -> LanguageScores:
     """Measure the first ``samples`` rows of a corpus, as all ranks of the model's layout do together.
 
-    ``seed``: of what an objective draws, such as the tokens that are masked.
+    ``seed``: of what an objective draws, such as the tokens that are masked. DataError where these rows have nothing to
+    score, CheckpointError where the loss is no number.
     """
     dp = model.parallel.dp
     rows = evaluation_rows(
         objective, corpus, seed=seed, samples=samples, micro_batch=micro_batch, dp_index=dp.index, dp_size=dp.size
     )
     found = evaluate(model, objective, rows, pipeline)
+    terms = {name: nats for name, nats in found.terms.items() if found.scored[name]}
+    if not terms:
+        raise DataError(f"{objective.name} scores nothing in the first {samples} rows of {corpus.folder}; take more")
+    if not math.isfinite(found.total):
+        raise CheckpointError(f"the loss of {objective.name} is {found.total}; the weights are not those of a good run")
     tokens = {name for part in objective.parts.values() for name in part.perplexities}
-    exponentials = {name: perplexity(nats) for name, nats in found.terms.items() if name in tokens}
-    return LanguageScores(found.total, found.terms, found.scored, exponentials)
+    exponentials = {name: perplexity(nats) for name, nats in terms.items() if name in tokens}
+    return LanguageScores(found.total, terms, found.scored, exponentials)

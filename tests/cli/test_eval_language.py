@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from megalm.cli.app import app
 from megalm.data.store import TokenStore
-from megalm.errors import CheckpointError, LayoutError, UsageError
+from megalm.errors import CheckpointError, DataError, LayoutError, UsageError
 from megalm.hf.exporting import export_hf
 from megalm.metrics.summary import read_summary
 from megalm.parallel.mesh import ParallelContext, single_rank
@@ -81,28 +82,29 @@ def measured(*arguments: object) -> dict[str, Any]:
 
 def in_transformers(run: Path, manager: PluginManager, out: Path, name: str) -> Any:
     transformers = pytest.importorskip("transformers")
-    export_hf(open_stored(find_checkpoint(run)[0], manager), out, dtype="float64", verify=False)
+    export_hf(open_stored(find_checkpoint(run)[0], manager), out, dtype="float32", verify=False)
     return getattr(transformers, name).from_pretrained(out, dtype=torch.float64).eval()
 
 
 def test_perplexity_of_a_causal_model(
     trained: Callable[..., Path], store: Path, manager: PluginManager, tmp_path: Path
 ) -> None:
-    run = trained("causal_lm")
+    run = trained("causal_lm", "train.precision=float32")
     theirs = in_transformers(run, manager, tmp_path / "hf", "AutoModelForCausalLM")
     corpus = TokenStore.open(store, "validation")
     rows = (corpus.num_tokens - 1) // 16
     ids = torch.from_numpy(np.stack([corpus.stream(n * 16, n * 16 + 17) for n in range(rows)]).astype(np.int64))
     with torch.no_grad():
         losses = F.cross_entropy(theirs(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    found = measured(run, "--data", store, "--batch", 5)
+    wide = ("--data", store, "--precision", "float64")
+    found = measured(run, *wide, "--batch", 5)
     assert found["rows"] == rows
     assert found["scored"] == {"causal_lm": 16 * rows}
     assert found["terms"]["causal_lm"] == pytest.approx(losses.mean().item(), rel=1e-10)
     assert found["perplexity"]["causal_lm"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-10)
     # Some rows, and rows of other lengths.
-    assert measured(run, "--data", store, "--samples", 3)["loss"] == pytest.approx(losses[:3].mean().item(), rel=1e-10)
-    short = measured(run, "--data", store, "--length", 8, "--samples", 2)
+    assert measured(run, *wide, "--samples", 3)["loss"] == pytest.approx(losses[:3].mean().item(), rel=1e-10)
+    short = measured(run, *wide, "--length", 8, "--samples", 2)
     windows = torch.stack((ids[0, :9], ids[0, 8:17]))
     with torch.no_grad():
         expected = F.cross_entropy(theirs(windows[:, :-1]).logits.transpose(1, 2), windows[:, 1:])
@@ -113,7 +115,7 @@ def test_perplexity_of_a_causal_model(
 def test_pseudo_perplexity_of_a_masked_model(
     trained: Callable[..., Path], store: Path, manager: PluginManager, tmp_path: Path
 ) -> None:
-    run = trained("mlm")
+    run = trained("mlm", "train.precision=float32")
     theirs = in_transformers(run, manager, tmp_path / "hf", "AutoModelForMaskedLM")
     corpus = TokenStore.open(store, "validation")
     objective = open_stored(find_checkpoint(run)[0], manager).objective
@@ -122,7 +124,7 @@ def test_pseudo_perplexity_of_a_masked_model(
     tokens, labels = torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["labels"])
     with torch.no_grad():
         expected = F.cross_entropy(theirs(tokens).logits[labels != IGNORE], labels[labels != IGNORE])
-    found = measured(run, "--data", store)
+    found = measured(run, "--data", store, "--precision", "float64")
     assert found["scored"] == {"mlm": int((labels != IGNORE).sum())}
     assert found["perplexity"]["mlm"] == pytest.approx(math.exp(expected.item()), rel=1e-10)
 
@@ -189,11 +191,9 @@ def test_layouts(trained: Callable[..., Path], store: Path, manager: PluginManag
 
 def test_processes(trained: Callable[..., Path], store: Path, tmp_path: Path) -> None:
     """Several ranks print one answer."""
-    import subprocess
-
     out = tmp_path / "found.json"
     arguments = ["-m", "megalm.cli", "eval", trained("causal_lm"), "--data", store, "--tp", 2, "--sp", "--out", out]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0, *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1
@@ -217,6 +217,12 @@ def test_refused(trained: Callable[..., Path], store: Path, tmp_path: Path) -> N
     cells = trained("contrastive", "train.cell=8", "eval.samples=8", "eval.final_samples=8")
     with pytest.raises(CheckpointError, match=r"the loss of contrastive depends on the rows of a cell"):
         megalm("eval", cells, "--data", store)
+    rare = trained("mlm", "objective.mlm.mask_prob=0.002")
+    with pytest.raises(DataError, match=r"mlm scores nothing in the first 1 rows"):
+        megalm("eval", rare, "--data", store, "--samples", 1)
+    for name in ("rows.tsv", "tags.conllu.gz"):
+        with pytest.raises(UsageError, match=rf"{name}: holds records, but .* has no head"):
+            megalm("eval", run, "--data", tmp_path / name)
     small = tmp_path / "small.txt"
     small.write_text("few", encoding="utf-8")
     with pytest.raises(UsageError, match=r"causal_lm needs more than"):
