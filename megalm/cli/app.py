@@ -25,6 +25,7 @@ from megalm.cli.plan import plan
 from megalm.cli.plugins import plugins
 from megalm.cli.predict import predict
 from megalm.cli.prune import prune
+from megalm.cli.quantize import quantize
 from megalm.cli.schedule import schedule
 from megalm.errors import UsageError
 
@@ -48,6 +49,7 @@ app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(merge)
 app.command()(prune)
+app.command()(quantize)
 app.add_typer(
     typer.Typer(
         name="data",

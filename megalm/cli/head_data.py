@@ -1,4 +1,4 @@
-"""What ``megalm eval`` and ``megalm predict`` share: options, a checkpoint's head, and records."""
+"""What ``megalm eval``, ``predict`` and ``quantize`` share: options, a checkpoint's head, and records."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
     from megalm.data.labelled.records import Records
     from megalm.plugin.contract.head import Head
     from megalm.train.stored import Stored
@@ -56,10 +60,21 @@ class Opened:
     head: Head
     records: Records
 
-    def predict(self, *, batch: int, precision: str | None, device: str, labelled: bool) -> tuple[list[Any], int]:
-        """Predictions, and how many records were cut to the head's length."""
+    def predict(
+        self,
+        *,
+        batch: int,
+        precision: str | None,
+        device: str,
+        labelled: bool,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[list[Any], int]:
+        """Predictions, and how many records were cut to the head's length. ``weights``: whole logical tensors, to
+        compute with instead of the checkpoint's.
+        """
         from megalm import launch
         from megalm.errors import UsageError
+        from megalm.nn.module import fill_from_logical
         from megalm.optim.weights import DTYPES
         from megalm.parallel.bootstrap import Place
         from megalm.parallel.mesh import single_rank
@@ -68,7 +83,10 @@ class Opened:
         precision = precision or self.stored.resolved.config.train.precision
         if precision not in DTYPES:
             raise UsageError(f"--precision {precision}: expected one of {', '.join(DTYPES)}")
-        model = self.stored.model(single_rank(launch.choose_device(device, Place.from_environment())), precision)
+        alone = single_rank(launch.choose_device(device, Place.from_environment()))
+        model = self.stored.model(alone, precision)
+        if weights is not None:
+            fill_from_logical(model, alone, weights)
         return predict_and_count(model, self.name, self.head, self.records, micro_batch=batch, labelled=labelled)
 
 

@@ -13,7 +13,7 @@ from megalm.config.schema import ModelConfig
 from megalm.errors import CheckpointError
 from megalm.model.hf.config import model_settings
 from megalm.model.hf.heads import ModelHead, with_head
-from megalm.model.hf.names import tensor_map
+from megalm.model.hf.names import TensorMap, tensor_map
 from megalm.model.hf.origin import Origin
 from megalm.model.hf.write import Contents, class_name, differences, hf_config, resolved
 from megalm.plugin.contract.objective import HeadSpec
@@ -37,6 +37,7 @@ class Converted:
     """By Hugging Face's names, in the types that are written."""
     logical: Tensors
     """The same under logical names, as float32: what is compared."""
+    names: TensorMap
     layer: Tensors = field(default_factory=dict)
     """Weight and bias of a linear layer that sentence-transformers keeps in a file of its own."""
 
@@ -79,7 +80,7 @@ def convert(stored: Stored, dtype: str | None, tell: Tell) -> Converted:
     if contents.sentence_vectors or (origin is not None and untouched and origin.bare):
         tensors = {name.removeprefix(names.prefix): tensor for name, tensor in tensors.items()}
     own_file = {name.rpartition(".")[2]: tensor for name, tensor in layer.items()}
-    return Converted(contents, config, tensors, rounded, own_file)
+    return Converted(contents, config, tensors, rounded, names, own_file)
 
 
 def _check_plain(stored: Stored) -> None:

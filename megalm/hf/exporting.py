@@ -18,7 +18,7 @@ from megalm.errors import CheckpointError
 from megalm.hf import files
 from megalm.hf.compare import TOLERANCE, Agreement, compare, compare_tokenizers, transformers_or_refusal
 from megalm.hf.compare_head import compare_head
-from megalm.hf.conversion import Converted, Tell, convert
+from megalm.hf.conversion import Converted, Tell, Tensors, convert
 from megalm.hf.rows import role_tokens, write_rows
 from megalm.hf.sentence_transformers import write_modules
 from megalm.model.hf.origin import FOLDER
@@ -57,7 +57,7 @@ def export_hf(
         transformers_or_refusal()
     made = convert(stored, dtype, tell)
     head = made.contents.head
-    with new_folder(out, overwrite=overwrite, is_ours=_is_exported, what="Hugging Face folder") as folder:
+    with new_folder(out, overwrite=overwrite, is_ours=is_exported, what="Hugging Face folder") as folder:
         written = files.write_tensors(folder, made.tensors, max_shard_bytes)
         files.write_json(folder / files.CONFIG, made.config)
         described = _tokenizer_files(stored, folder, made.config, tell)
@@ -70,16 +70,20 @@ def export_hf(
         elif stored.spec.causal and not (folder / files.GENERATION).exists():
             ids = {key: made.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             files.write_json(folder / files.GENERATION, {key: value for key, value in ids.items() if value is not None})
-        agreements = _prove(stored, made, folder, described, tolerance) if verify else []
+        agreements = prove(stored, made, made.logical, folder, described, tolerance) if verify else []
     return Exported(out, written, agreements)
 
 
-def _prove(stored: Stored, made: Converted, folder: Path, described: bool, tolerance: float) -> list[Agreement]:
-    """``described``: the folder has a tokenizer."""
+def prove(
+    stored: Stored, made: Converted, logical: Tensors, folder: Path, described: bool, tolerance: float
+) -> list[Agreement]:
+    """Compare a folder with the checkpoint's model of these ``logical`` tensors; ``described``: it has a tokenizer.
+
+    CheckpointError where they differ by more than ``tolerance``."""
     head = made.contents.head
     if head is None:
         kind = made.config["model_type"]
-        agreements = compare(folder, kind, stored.spec, made.contents, made.logical, tolerance)
+        agreements = compare(folder, kind, stored.spec, made.contents, logical, tolerance)
         if described:
             compare_tokenizers(folder, stored.tokenizer)
         return agreements
@@ -88,10 +92,11 @@ def _prove(stored: Stored, made: Converted, folder: Path, described: bool, toler
             f"{stored.folder}: its tokenizer has no form that transformers reads, so the rows of its head cannot be "
             "verified; --no-verify writes the model without"
         )
-    return compare_head(folder, stored_head(stored)[1], head, stored.spec, made.logical, tolerance)
+    return compare_head(folder, stored_head(stored)[1], head, stored.spec, logical, tolerance)
 
 
-def _is_exported(folder: Path) -> bool:
+def is_exported(folder: Path) -> bool:
+    """Whether an earlier export wrote this folder."""
     return (folder / files.CONFIG).is_file()
 
 

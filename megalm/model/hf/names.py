@@ -72,6 +72,11 @@ class TensorMap:
     def _known(self) -> frozenset[str]:
         return frozenset(entry.hf for entry in self.entries)
 
+    @property
+    def logical_names(self) -> set[str]:
+        """Of all tensors that the map has."""
+        return {name for entry in self.entries for name, _ in entry.parts}
+
     def to_logical(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A whole Hugging Face state (or its gradients) under logical names.
 
@@ -100,7 +105,7 @@ class TensorMap:
 
         CheckpointError where one is missing, unexpected or of another shape.
         """
-        known = {name for entry in self.entries for name, _ in entry.parts}
+        known = self.logical_names
         if unexpected := [name for name in tensors if name not in known]:
             raise CheckpointError("; ".join(_describe([], unexpected)) + ": the Hugging Face model has no such tensor")
         return {entry.hf: entry.to_hf(tensors) for entry in self.entries}
