@@ -104,3 +104,8 @@ def test_names(minilm: Path, tmp_path: Path) -> None:
     for part in ("train", "dev", "test"):
         pack(tmp_path / f"wnut17-{part}.conll.gz", [*text[:4], "\t" if part == "train" else "", *text[4:]] * 4)
     assert "with a CRF" in run("ner", tmp_path, tmp_path, "--model", minilm, sets=["train.micro_batch=8"])
+
+
+def test_novel(tmp_path: Path) -> None:
+    sets = ["train.micro_batch=8", "sample.tokens=5"]
+    assert "bits per character" in run("sanguo", tmp_path, DATA / "zh_sanguo.txt", sets=sets)
