@@ -50,6 +50,11 @@ def plan(
     layout = resolved.config.parallel
     grid = Grid(layout.tp, size // (layout.tp * layout.pp), layout.sp)
     volumes: dict[str, list[AlikeRanks]] = {}
+    if comm and len(prepared.objective.members) > 1:
+        raise UsageError(
+            "megalm plan --comm knows steps of one objective, and train.objective mixes several; give each alone with "
+            "--set train.objective=NAME and without train.cell, and take the shares of what they say"
+        )
     if comm:
         train = resolved.config.train
         teacher = None if prepared.teacher is None else prepared.teacher.spec

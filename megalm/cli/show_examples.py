@@ -39,7 +39,7 @@ def show_examples(path: Path, overrides: Sequence[str], samples: int, only: Sequ
     scored: dict[str, int] = {}
     for rows in feed.step(0):
         console.rule(f"slot {rows.slots[0]}")
-        for name, n in prepared.objective.counts(rows.batch).items():
+        for name, n in prepared.objective.members[rows.member].counts(rows.batch).items():
             scored[name] = scored.get(name, 0) + n
         for row in range(len(rows.batch["tokens"])):  # several, where an example has several views
             _show_row(console, {name: array[row] for name, array in rows.batch.items()}, prepared.tokenizer)

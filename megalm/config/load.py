@@ -196,6 +196,10 @@ class _Resolver:
             names = [(kind.key, part.strip()) for part in (value.split("+") if kind.kind == "objectives" else [value])]
         elif isinstance(value, list):
             names = [((*kind.key, i), name) for i, name in enumerate(value) if isinstance(name, str)]
+            for i, entry in enumerate(value):  # objectives that are mixed
+                joint = entry.get("name") if isinstance(entry, dict) else None
+                if isinstance(joint, str):
+                    names += [((*kind.key, i, "name"), part.strip()) for part in joint.split("+")]
         used: dict[str, tuple[Component, KeyPath]] = {}
         failed: set[str] = set()
         for path, name in names:

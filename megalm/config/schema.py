@@ -297,13 +297,23 @@ class AdversarialConfig(Settings):
         return self
 
 
+class MixEntry(Settings):
+    """One of several objectives of which each cell has one."""
+
+    name: str
+    """Component of kind ``objectives``, or ``a+b`` for a joint objective."""
+    share: float = Field(gt=0)
+    """Its share of the cells, in proportion to the others' shares."""
+
+
 class TrainConfig(Settings):
     """The training loop."""
 
     head: str | None = None
     """Component of kind ``heads`` to train on ``data.records`` instead of an objective; settings in ``[head.NAME]``."""
-    objective: str | None = Field(default=None, validate_default=True)
-    """Component of kind ``objectives``; ``a+b`` trains both on shared examples. Needed without ``head``."""
+    objective: str | list[MixEntry] | None = Field(default=None, validate_default=True)
+    """Component of kind ``objectives``; ``a+b`` trains both on shared examples, and a list of tables with ``name`` and
+    ``share`` gives each cell one of them. Needed without ``head``."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     sequence_length: int = Field(ge=2, le=1 << 26)
@@ -313,8 +323,9 @@ class TrainConfig(Settings):
     micro_batch: Size
     """Rows of one forward and backward on one data-parallel rank."""
     cell: Size | None = None
-    """Rows that an objective couples (contrastive pools): consecutive slots, independent of the layout. Only for
-    objectives whose coupling is "cell", which need it: it divides global_batch and equals micro_batch * dp."""
+    """Rows that belong together: consecutive slots, independent of the layout. It divides global_batch. Needed by
+    objectives that couple rows (contrastive pools), where it equals micro_batch * dp, and by mixed objectives, where
+    micro_batch * dp divides it; not for others."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     optimizer: str = "adamw"
@@ -332,17 +343,23 @@ class TrainConfig(Settings):
 
     @field_validator("objective")
     @classmethod
-    def _something(cls, objective: str | None, info: ValidationInfo) -> str | None:
+    def _something(
+        cls, objective: str | list[MixEntry] | None, info: ValidationInfo
+    ) -> str | list[MixEntry] | None:
         head = info.data.get("head")
         if objective is None and head is None and "head" in info.data:
             raise ValueError("names nothing to train; add objective (text), or head, under [train]")
         if objective is not None and head is not None:
             raise ValueError("a head is trained instead of an objective; leave train.objective or train.head out")
+        if isinstance(objective, list) and len(objective) < 2:
+            raise ValueError('mixes at least two objectives, as [{name = "a", share = 0.7}, {name = "b", share = 0.3}]')
         return objective
 
     @property
     def what(self) -> str:
         """The objective or the head, as it is named."""
+        if isinstance(self.objective, list):
+            return "a mix of " + " and ".join(entry.name for entry in self.objective)
         return self.objective or self.head or ""
 
 

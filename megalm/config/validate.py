@@ -83,9 +83,12 @@ def _problems(
     hint: Callable[[Path], str],
 ) -> Iterable[Problem]:
     seen: set[Path] = set()
-    for detail in error.errors(include_url=False):
-        path, value = _locate(table, detail["loc"], missing=detail["type"] == "missing")
-        if path in seen:
+    details = error.errors(include_url=False)
+    located = [_locate(table, detail["loc"], missing=detail["type"] == "missing") for detail in details]
+    for detail, (path, value) in zip(details, located, strict=True):
+        # What one branch of a union is not matters little where another says what is wrong inside of it.
+        inside = any(len(other) > len(path) and other[: len(path)] == path for other, _ in located)
+        if path in seen or (inside and len(detail["loc"]) > len(path)):
             continue
         seen.add(path)
         full = (*prefix, *path)

@@ -229,6 +229,9 @@ def tensor_parallel_problems(spec: ModelSpec, tp: int) -> list[str]:
 
 def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:
     t = config.train
+    mixed = isinstance(t.objective, list)
+    if mixed and spec.coupling != "cell":
+        return _mixed_cell_problems(config, dp)
     if spec.coupling != "cell":
         if t.cell is None:
             return []
@@ -247,4 +250,21 @@ def _cell_problems(config: Config, spec: ModelSpec, dp: int) -> list[str]:
     for key, samples in (("samples", config.eval.samples), ("final_samples", config.eval.final_samples)):
         if samples is not None and samples < t.cell:
             problems.append(f"eval.{key} = {samples} is less than train.cell = {t.cell}, and only whole cells count")
+    return problems
+
+
+def _mixed_cell_problems(config: Config, dp: int) -> list[str]:
+    """Each cell has an objective of its own, and a microbatch of all data-parallel ranks one of them."""
+    t = config.train
+    rows = t.micro_batch * dp
+    if t.cell is None:
+        return [f"{t.what} has one objective for each cell; give train.cell = {rows} (micro_batch * dp) or a multiple"]
+    problems = []
+    if t.cell % rows:
+        problems.append(
+            f"train.cell = {t.cell} is not a multiple of train.micro_batch * dp = {t.micro_batch} * {dp}: a microbatch "
+            "would hold rows of two objectives; lower micro_batch, or choose another cell"
+        )
+    if t.global_batch % t.cell:
+        problems.append(f"train.global_batch = {t.global_batch} is not a multiple of train.cell = {t.cell}")
     return problems

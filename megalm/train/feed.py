@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from megalm.data.blend import Blend, BlendOrder
 from megalm.data.loader import Loader
 from megalm.data.sampler import SampleOrder
 from megalm.plugin.contract.objective import Batch, Corpus
+from megalm.train.mixed import MixedObjective
 from megalm.train.objective import Sample, TrainingObjective
 from megalm.train.streamed import StreamedSamples
 
@@ -38,6 +39,8 @@ class Rows:
     slots: tuple[int, ...]
     pinned: dict[str, torch.Tensor] | None = None
     """The batch in memory from which a device copies by itself."""
+    member: int = 0
+    """Of the run's objectives, whose rows they are: a place among :attr:`TrainingObjective.members`."""
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The batch on the device."""
@@ -48,7 +51,7 @@ class Rows:
     def pin(self) -> Rows:
         """The same with a pinned copy."""
         pinned = {name: torch.from_numpy(array).pin_memory() for name, array in self.batch.items()}
-        return Rows(self.batch, self.slots, pinned)
+        return replace(self, pinned=pinned)
 
 
 class _Samples:
@@ -115,13 +118,39 @@ class Batches(ABC):
         """Tokens of the first so many steps, with padding, of samples that give one row."""
 
 
-_Places: TypeAlias = "_Samples | StreamedSamples | Batches"
+class _MixedSamples:
+    """The samples of mixed objectives, each at places of its own order, as in a run of it alone."""
+
+    def __init__(self, objective: MixedObjective, corpus: Corpus | Blend, seed: int, split: str, *, shuffle: bool):
+        self.objective = objective
+        self._each = [_Samples(member, corpus, seed, split, shuffle=shuffle) for member in objective.members]
+        self.once = objective.lasting([each.once for each in self._each])
+        """So many places from 0 on show no objective a sample twice."""
+
+    def rows(self, places: np.ndarray, slots: tuple[int, ...]) -> Rows:
+        """The rows at places of one cell."""
+        member, own = self.objective.turn(places)
+        batch = self.objective.members[member].batch(list(self._each[member].at(own)))
+        return Rows(self.objective.fit(member, batch), slots, member=member)
 
 
-def _collate(objective: TrainingObjective, samples: _Places, places: np.ndarray) -> Batch:
+_Places: TypeAlias = "_Samples | _MixedSamples | StreamedSamples | Batches"
+
+
+def _samples(
+    objective: TrainingObjective, corpus: Corpus | Blend, seed: int, split: str, *, shuffle: bool
+) -> _Samples | _MixedSamples:
+    if isinstance(objective, MixedObjective):
+        return _MixedSamples(objective, corpus, seed, split, shuffle=shuffle)
+    return _Samples(objective, corpus, seed, split, shuffle=shuffle)
+
+
+def _rows(objective: TrainingObjective, samples: _Places, places: np.ndarray, slots: tuple[int, ...]) -> Rows:
+    if isinstance(samples, _MixedSamples):
+        return samples.rows(places, slots)
     if isinstance(samples, Batches):
-        return samples.batch(places)
-    return objective.batch(list(samples.at(places)))
+        return Rows(samples.batch(places), slots)
+    return Rows(objective.batch(list(samples.at(places))), slots)
 
 
 class TrainFeed:
@@ -150,7 +179,7 @@ class TrainFeed:
         if isinstance(corpus, (StreamedSamples, Batches)):
             samples = corpus
         else:
-            samples = _Samples(objective, corpus, seed, "train", shuffle=True)
+            samples = _samples(objective, corpus, seed, "train", shuffle=True)
         build = _builder(objective, samples, self._microbatches, global_batch, micro_batch, dp_index, dp_size, pin)
         ahead = self._microbatches + workers
         self._steps_ahead = -(-ahead // self._microbatches) if workers else 0
@@ -204,7 +233,7 @@ def _builder(
         step, m = divmod(number, microbatches)
         first = (m * dp_size + dp_index) * micro_batch
         slots = np.arange(first, first + micro_batch)
-        rows = Rows(_collate(objective, samples, step * global_batch + slots), tuple(slots.tolist()))
+        rows = _rows(objective, samples, step * global_batch + slots, tuple(slots.tolist()))
         return rows.pin() if pin else rows
 
     return build
@@ -224,10 +253,21 @@ def evaluation_rows(
     """The first ``samples`` rows of the corpus in its own order, divided among data-parallel ranks; only whole cells,
     where rows are coupled. Of a blend, those of the training's proportions, as far as no corpus comes to its end.
     """
-    found = _Samples(objective, corpus, seed, "validation", shuffle=False)
-    total = min(samples, found.once)
-    if cell is not None:
-        total -= total % cell
+    found = _samples(objective, corpus, seed, "validation", shuffle=False)
+    total = _evaluated(found.once, samples, cell)
     for first in range(dp_index * micro_batch, total, dp_size * micro_batch):
         places = np.arange(first, min(first + micro_batch, total))
-        yield Rows(_collate(objective, found, places), tuple(places.tolist()))
+        yield _rows(objective, found, places, tuple(places.tolist()))
+
+
+def evaluated_places(
+    objective: MixedObjective, corpus: Corpus | Blend, *, samples: int, cell: int
+) -> list[int]:
+    """Of the rows of :func:`evaluation_rows`, how many each of mixed objectives has."""
+    found = _MixedSamples(objective, corpus, 0, "validation", shuffle=False)
+    return objective.taken(_evaluated(found.once, samples, cell))
+
+
+def _evaluated(once: int, samples: int, cell: int | None) -> int:
+    total = min(samples, once)
+    return total - total % cell if cell is not None else total

@@ -18,8 +18,9 @@ from megalm.model.language_model import LanguageModel
 from megalm.pipeline.plan import Pipeline
 from megalm.plugin.contract.objective import ObjectiveEnv
 from megalm.plugin.manager import PluginManager
+from megalm.train.build import build_objective
 from megalm.train.feed import evaluation_rows
-from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.objective import TrainingObjective
 from megalm.train.step import evaluate
 from megalm.train.stored import Stored
 
@@ -41,12 +42,18 @@ class LanguageScores:
 def language_objective(stored: Stored, manager: PluginManager, *, length: int) -> TrainingObjective:
     """What a checkpoint was trained with, without the parts that learn from a teacher, for rows of ``length`` tokens.
 
-    CheckpointError where nothing is left, or where a row's loss depends on which others are in its cell.
+    CheckpointError where nothing is left, where a row's loss depends on which others are in its cell, and where
+    objectives were mixed.
     """
     data = stored.manifest.state["config"].get("data", {})
     packing = data["packing_window"] if data.get("packing") else 0
     env = ObjectiveEnv(tokenizer=stored.tokenizer, sequence_length=length, packing=packing)
     whole = build_objective(stored.resolved, manager, env)
+    if len(whole.members) > 1:
+        raise CheckpointError(
+            f"{stored.folder}: it was trained with {whole.name}, of which each cell had one, so that its own run alone "
+            "measures it (eval.every, eval.final_samples)"
+        )
     parts = {name: part for name, part in whole.parts.items() if part.needs().teacher is None}
     if not parts:
         raise CheckpointError(f"{stored.folder}: {whole.name} cannot be measured without its teacher")

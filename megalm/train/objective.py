@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalm.config.load import Resolved
 from megalm.errors import ConfigError, ObjectiveError
 from megalm.parallel import rng
 from megalm.plugin.contract.modules import ModuleBuilder
@@ -23,14 +22,12 @@ from megalm.plugin.contract.objective import (
     LossContext,
     Needs,
     Objective,
-    ObjectiveEnv,
     PrepareContext,
     PreparedBatch,
     Prepares,
     TensorSpec,
     Term,
 )
-from megalm.plugin.manager import PluginManager
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +84,18 @@ class TrainingObjective:
         """Rows of a batch may be built in one go."""
         self.needs = self._join_needs()
         self.weights = self._join_weights()
+        self._members: tuple[TrainingObjective, ...] = (self,)
+
+    @property
+    def members(self) -> Sequence[TrainingObjective]:
+        """The objectives that a step's rows belong to, by :attr:`megalm.train.feed.Rows.member`: only this one, unless
+        several are mixed."""
+        return self._members
+
+    def weights_of(self, rows: Mapping[int, int]) -> dict[str, float]:
+        """Weight of each loss term in a total over rows of which each member has so many; only terms of members that
+        have any. A member's weights count as much as its share of the rows."""
+        return self.weights
 
     @property
     def versions(self) -> dict[str, int]:
@@ -232,9 +241,6 @@ class TrainingObjective:
 
     def _join_needs(self) -> Needs:
         tensors: dict[str, TensorSpec] = {}
-        heads: dict[str, HeadSpec] = {}
-        modules: dict[str, ModuleBuilder] = {}
-        aux_models: dict[str, AuxModel] = {}
         needs = {name: part.needs() for name, part in self.parts.items()}
         for name, need in needs.items():
             tokens = need.tensors.get("tokens")
@@ -256,15 +262,6 @@ class TrainingObjective:
             for key, spec in need.tensors.items():
                 if tensors.setdefault(key, spec) != spec:
                     raise ConfigError([f"train.objective: {name} declares the tensor {key!r} unlike another part"])
-            for head in need.heads:
-                if heads.setdefault(head.name, head) != head:
-                    raise ConfigError([f"train.objective: {name} declares the head {head.name!r} unlike another part"])
-            for key, build in need.modules.items():
-                if modules.setdefault(key, build) is not build:
-                    raise ConfigError([f"train.objective: {name} has a module {key!r}, as another part has"])
-            for key, model in need.aux_models.items():
-                if aux_models.setdefault(key, model) is not model:
-                    raise ConfigError([f"train.objective: {name} has an auxiliary model {key!r}, as another part has"])
             self._check_prepares(name, need, needs)
         teachers = [need.teacher for need in needs.values() if need.teacher is not None]
         if len(teachers) > 1:
@@ -272,21 +269,7 @@ class TrainingObjective:
         self.attention: Attention = next(iter(said))
         """What the parts agree on."""
         self._prepares = {name: need.prepares for name, need in needs.items()}
-        return Needs(
-            attention=self.attention,
-            tensors=tensors,
-            lm_head=any(n.lm_head for n in needs.values()),
-            heads=tuple(heads.values()),
-            token_types=max(n.token_types for n in needs.values()),
-            coupling=max((n.coupling for n in needs.values()), key=_COUPLINGS.index),
-            modules=modules,
-            aux_models=aux_models,
-            teacher=next(iter(teachers), None),
-            prepares=Prepares(
-                tuple(key for need in needs.values() for key in need.prepares.tensors),
-                tuple(key for need in needs.values() for key in need.prepares.terms),
-            ),
-        )
+        return union_of(needs, self.attention, tensors)
 
     def _check_prepares(self, name: str, need: Needs, everyone: Mapping[str, Needs]) -> None:
         if unknown := sorted({*need.prepares.tensors} - {*need.tensors}):
@@ -307,6 +290,38 @@ class TrainingObjective:
         return weights
 
 
+def union_of(needs: Mapping[str, Needs], attention: Attention, tensors: Mapping[str, TensorSpec]) -> Needs:
+    """What several objectives ask of one backbone; ConfigError for names that mean two things."""
+    heads: dict[str, HeadSpec] = {}
+    modules: dict[str, ModuleBuilder] = {}
+    aux_models: dict[str, AuxModel] = {}
+    for name, need in needs.items():
+        for head in need.heads:
+            if heads.setdefault(head.name, head) != head:
+                raise ConfigError([f"train.objective: {name} declares the head {head.name!r} unlike another part"])
+        for key, build in need.modules.items():
+            if modules.setdefault(key, build) is not build:
+                raise ConfigError([f"train.objective: {name} has a module {key!r}, as another part has"])
+        for key, model in need.aux_models.items():
+            if aux_models.setdefault(key, model) is not model:
+                raise ConfigError([f"train.objective: {name} has an auxiliary model {key!r}, as another part has"])
+    return Needs(
+        attention=attention,
+        tensors=tensors,
+        lm_head=any(n.lm_head for n in needs.values()),
+        heads=tuple(heads.values()),
+        token_types=max(n.token_types for n in needs.values()),
+        coupling=max((n.coupling for n in needs.values()), key=_COUPLINGS.index),
+        modules=modules,
+        aux_models=aux_models,
+        teacher=next((n.teacher for n in needs.values() if n.teacher is not None), None),
+        prepares=Prepares(
+            tuple(key for need in needs.values() for key in need.prepares.tensors),
+            tuple(key for need in needs.values() for key in need.prepares.terms),
+        ),
+    )
+
+
 def _told(tensors: Iterable[str], terms: Iterable[str]) -> str:
     return f"the tensors [{', '.join(sorted(tensors))}] and the terms [{', '.join(sorted(terms))}]"
 
@@ -324,14 +339,3 @@ def _builds_batches(kind: type[Objective]) -> bool:
     """Whether it has ``build_batch``, and no class derived from the one that has it builds other rows."""
     places = {name: n for n, cls in reversed([*enumerate(kind.__mro__)]) for name in vars(cls)}
     return places["build_batch"] <= min(places["build_example"], places["collate"])
-
-
-def build_objective(resolved: Resolved, manager: PluginManager, env: ObjectiveEnv) -> TrainingObjective:
-    """Build what ``train.objective`` names."""
-    parts: dict[str, Objective] = {}
-    for (section, key), component in resolved.components.items():
-        if section == "objective":
-            parts[component.name] = manager.load_component(component)(resolved.sections[section, key], env)
-    if env.packing and (cannot := [name for name, part in parts.items() if not part.packs]):
-        raise ConfigError([f"data.packing: {' and '.join(cannot)} cannot pack documents into rows; leave it out"])
-    return TrainingObjective(parts, env.tokenizer.vocab_size)

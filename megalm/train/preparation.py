@@ -50,6 +50,9 @@ def prepare_microbatches(
     with phase("prepare"):
         if model.has_first_stage:
             for number, (each, rows) in enumerate(zip(tensors, microbatches, strict=True)):
+                member = objective.members[rows.member]
+                if not (member.needs.prepares.tensors or member.needs.prepares.terms):
+                    continue
                 with phase(f"microbatch {number}"):
                     slots = None if step is None else rows.slots
                     batch = make_microbatch(each, parallel, seed=seed, step=step or 0, slots=slots)
@@ -57,13 +60,18 @@ def prepare_microbatches(
                         rows.slots, batch.length, 0, batch.rows * batch.length, views=batch.rows // len(rows.slots)
                     )
                     address = DropoutAddress(seed, EVALUATION if step is None else step, spans)
-                    found = objective.prepare(each, model.prepare_context(batch, address))
+                    found = member.prepare(each, model.prepare_context(batch, address))
                     then(number, dict(found.terms))
                     each.update(found.tensors)
         if not parallel.pp.alone:
             source = 0 if pipeline is None else pipeline.order.placement[0]
             for name in names:
-                _tell([each[name] for each in tensors], model, source)
+                told = [
+                    each[name]
+                    for each, rows in zip(tensors, microbatches, strict=True)
+                    if name in objective.members[rows.member].needs.prepares.tensors
+                ]
+                _tell(told, model, source)
     return tensors
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.load import Resolved
-from megalm.config.schema import DataConfig
+from megalm.config.schema import Config, DataConfig
 from megalm.data.blend import Blend
 from megalm.data.mapped import make_room
 from megalm.data.store import TOKENIZER_FOLDER, TokenStore
@@ -29,9 +29,12 @@ from megalm.plugin.contract.source import AddressedSource, DataSource, StreamSou
 from megalm.plugin.contract.tokenizer import Tokenizer
 from megalm.plugin.manager import PluginManager
 from megalm.train.best import selection_problems
+from megalm.train.build import build_objective
+from megalm.train.feed import evaluated_places
 from megalm.train.finetune import tuning_problems
 from megalm.train.head import as_corpus
-from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.mixed import MixedObjective
+from megalm.train.objective import TrainingObjective
 from megalm.train.task import Task, check_no_task, open_task
 from megalm.train.teacher import Teacher, open_teacher
 
@@ -127,21 +130,24 @@ def prepare_run(
     for part, corpus in (("training", train), ("validation", validation)):
         for each in _corpora(corpus):
             objective.check_corpus(each)
-            samples = objective.num_samples(each)
-            if config.train.cell is not None and samples < config.train.cell:
-                raise DataError(
-                    f"{_name(each, config.data)}: the {part} part gives {objective.name} {samples} samples, "
-                    f"fewer than train.cell = {config.train.cell}"
-                )
-    if not isinstance(train, Stream):
-        _check_lasts(config.data, objective, train, config.train.steps, config.train.global_batch)
+            for member in objective.members:
+                samples = member.num_samples(each)
+                if config.train.cell is not None and samples < config.train.cell:
+                    raise DataError(
+                        f"{_name(each, config.data)}: the {part} part gives {member.name} {samples} samples, "
+                        f"fewer than train.cell = {config.train.cell}"
+                    )
+    if isinstance(objective, MixedObjective) and isinstance(train, Stream):
+        raise ConfigError(
+            [f"data.source = {config.data.source} is a stream, whose samples one objective takes; mix on a store"]
+        )
     if config.eval.baselines and source is not None:
         raise ConfigError(["eval.baselines fits a token store, and the run trains on data.source"])
     if config.eval.baselines and isinstance(train, Blend):
         raise ConfigError(
             ["eval.baselines fits one corpus, and data.blend names several; use megalm data baselines for each"]
         )
-    if config.eval.baselines and objective.needs.attention != "causal":
+    if config.eval.baselines and (objective.needs.attention != "causal" or len(objective.members) > 1):
         raise ConfigError(
             [f"eval.baselines compares next-token models with the loss, which {objective.name} does not measure"]
         )
@@ -150,6 +156,10 @@ def prepare_run(
     problems = [*tuning_problems(spec), *selection_problems(config, objective.weights, goals)]
     if problems := [*problems, *layout_problems(config, spec, world_size)]:
         raise ConfigError(problems)
+    if not isinstance(train, Stream):
+        _check_lasts(config.data, objective, train, config.train.steps, config.train.global_batch)
+    if isinstance(objective, MixedObjective):
+        _check_evaluated(config, objective, validation)
     layout, train_rows = config.parallel, config.train
     dp = world_size // (layout.tp * layout.pp)
     try:
@@ -311,15 +321,36 @@ def _open(data: DataConfig, part: str) -> TokenStore | Blend:
 def _check_lasts(
     data: DataConfig, objective: TrainingObjective, train: Corpus | Blend, steps: int, global_batch: int
 ) -> None:
-    """DataError where the run would see a corpus more often than was said."""
-    needed = steps * global_batch
-    if isinstance(train, Blend):
-        train.check_lasts([objective.num_samples(store) for store in train.corpora], needed, global_batch)
-        return
-    size = objective.num_samples(train)
-    if data.epochs and needed > data.epochs * size:
-        raise DataError(
-            f"{_name(train, data)} runs out after step {data.epochs * size // global_batch}: it has {size} "
-            f"samples and data.epochs = {data.epochs}, but the run takes {needed}. Set data.epochs = "
-            f"{-(-needed // size)} (0: as often as it takes), or lower train.steps"
-        )
+    """DataError where the run would see a corpus more often than was said: in the rows of each objective."""
+    places = steps * global_batch
+    taken = objective.taken(places) if isinstance(objective, MixedObjective) else [places]
+    for member, needed in zip(objective.members, taken, strict=True):
+        if isinstance(train, Blend):
+            sizes = [member.num_samples(store) for store in train.corpora]
+            train.check_lasts(sizes, needed, max(1, needed // steps))
+            continue
+        size = member.num_samples(train)
+        if data.epochs and needed > data.epochs * size:
+            raise DataError(
+                f"{_name(train, data)} runs out after step {data.epochs * size * steps // needed}: it has {size} "
+                f"samples for {member.name} and data.epochs = {data.epochs}, but the run takes {needed}. Set "
+                f"data.epochs = {-(-needed // size)} (0: as often as it takes), or lower train.steps"
+            )
+
+
+def _check_evaluated(config: Config, objective: MixedObjective, validation: Corpus | Blend) -> None:
+    """ConfigError where an evaluation has no rows of one of the objectives."""
+    assert config.train.cell is not None
+    for key, samples in (("samples", config.eval.samples), ("final_samples", config.eval.final_samples)):
+        if samples is None:
+            continue
+        found = evaluated_places(objective, validation, samples=samples, cell=config.train.cell)
+        if not all(found):
+            told = ", ".join(f"{n} of {each.name}" for n, each in zip(found, objective.members, strict=True))
+            raise ConfigError(
+                [
+                    f"eval.{key} = {samples}: in whole cells of {config.train.cell}, each of one objective, an "
+                    f"evaluation would have rows so: {told}; raise it, lower train.cell, or prepare a larger "
+                    "validation part"
+                ]
+            )

@@ -44,8 +44,10 @@ def identity(prepared: Prepared) -> dict[str, Any]:
 
 def own_identity(prepared: Prepared) -> dict[str, Any]:
     """What a run's own checkpoints have in common with it as well: the same samples follow."""
+    train = prepared.resolved.config.train
     teacher = {} if prepared.teacher is None else {"teacher": prepared.teacher.identity}
-    return {**teacher, "data": prepared.data_identity, "global_batch": prepared.resolved.config.train.global_batch}
+    whose = {"cell": train.cell} if isinstance(train.objective, list) else {}
+    return {**teacher, "data": prepared.data_identity, "global_batch": train.global_batch, **whose}
 
 
 def tunes(prepared: Prepared) -> bool:

@@ -7,6 +7,7 @@ that of the loss over the whole global batch, whatever the accumulation and the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,7 @@ from megalm.pipeline.run import run_order, unmarked
 from megalm.plugin.contract.objective import Term
 from megalm.train.adversarial import PREFIX, Perturbations, reported_apart, shares
 from megalm.train.feed import Rows
+from megalm.train.mixed import rows_of_members
 from megalm.train.objective import TrainingObjective
 from megalm.train.preparation import prepare_microbatches
 from megalm.train.stages import TrainingStages, forward_only, teach
@@ -65,15 +67,18 @@ def forward_backward(
     """
     parallel = model.parallel
     scored = sum_counts(objective, microbatches, parallel)
+    members = [objective.members[rows.member] for rows in microbatches]
+    weights = objective.weights_of(rows_of_members(microbatches))
     sums = _Sums(objective, parallel.device, apart=reported_apart(adversarial))
 
     def scaled(terms: dict[str, Term], factor: float = 1.0, *, apart: bool = False) -> torch.Tensor | None:
         sums.add(terms, factor, apart=apart)
-        parts = [term.sum * (factor * _share(objective.weights[name], scored[name])) for name, term in terms.items()]
+        parts = [term.sum * (factor * _share(weights[name], scored[name])) for name, term in terms.items()]
         return torch.stack(parts).sum() if parts else None
 
     def prepared(microbatch: int, terms: dict[str, Term]) -> None:
-        objective.check_terms(terms, objective.counts(microbatches[microbatch].batch), prepared=True)
+        member = members[microbatch]
+        member.check_terms(terms, member.counts(microbatches[microbatch].batch), prepared=True)
         total = scaled(terms)
         if total is not None and total.requires_grad:
             with phase("backward"):
@@ -100,8 +105,9 @@ def forward_backward(
         def loss(
             microbatch: int, hidden: torch.Tensor, batch: Microbatch, factor: float = factor, apart: bool = apart
         ) -> torch.Tensor | None:
-            terms = objective.loss(hidden, tensors[microbatch], model.context(batch, taught.get(microbatch)))
-            objective.check_terms(terms, objective.counts(microbatches[microbatch].batch))
+            member = members[microbatch]
+            terms = member.loss(hidden, tensors[microbatch], model.context(batch, taught.get(microbatch)))
+            member.check_terms(terms, member.counts(microbatches[microbatch].batch))
             return scaled(terms, factor, apart=apart)
 
         here = batches if perturbed is None else perturbed.batches(follow=not last)
@@ -109,7 +115,7 @@ def forward_backward(
         run_order(order, stages, parallel.pp, parallel.device, unmarked if number else mark)
         if perturbed is not None and not last:
             perturbed.ascend()
-    return sums.losses(scored, parallel)
+    return sums.losses(scored, weights, parallel)
 
 
 @torch.no_grad()
@@ -120,30 +126,38 @@ def evaluate(
     parallel = model.parallel
     sums = _Sums(objective, parallel.device)
     local = dict.fromkeys(objective.weights, 0)
+    rows_of: Counter[int] = Counter()
     waiting = iter(batches)
     while some := list(islice(waiting, AT_ONCE * parallel.pp.size)):
         tensors = prepare_microbatches(model, objective, some, lambda _, terms: sums.add(terms), pipeline=pipeline)
 
         batches_of = [make_microbatch(each, parallel) for each in tensors]
         taught = teach(model, batches_of, pipeline)
+        members = [objective.members[rows.member] for rows in some]
 
         def add(
-            number: int, hidden: torch.Tensor, batch: Microbatch, tensors: Any = tensors, taught: Any = taught
+            number: int,
+            hidden: torch.Tensor,
+            batch: Microbatch,
+            members: Any = members,
+            tensors: Any = tensors,
+            taught: Any = taught,
         ) -> None:
-            sums.add(objective.loss(hidden, tensors[number], model.context(batch, taught.get(number))))
+            sums.add(members[number].loss(hidden, tensors[number], model.context(batch, taught.get(number))))
 
         forward_only(model, batches_of, add, pipeline)
+        rows_of += rows_of_members(some)
         for rows in some:
-            for name, n in objective.counts(rows.batch).items():
+            for name, n in objective.members[rows.member].counts(rows.batch).items():
                 local[name] += n
-    return sums.losses(_over_ranks(local, parallel), parallel)
+    return sums.losses(_over_ranks(local, parallel), objective.weights_of(rows_of), parallel)
 
 
 def sum_counts(objective: TrainingObjective, microbatches: Iterable[Rows], parallel: ParallelContext) -> dict[str, int]:
     """What each term scores over all microbatches and data-parallel ranks."""
     local = dict.fromkeys(objective.weights, 0)
     for rows in microbatches:
-        for name, n in objective.counts(rows.batch).items():
+        for name, n in objective.members[rows.member].counts(rows.batch).items():
             local[name] += n
     return _over_ranks(local, parallel)
 
@@ -171,14 +185,16 @@ class _Sums:
             if name in terms:
                 self._sums[int(apart), index] += terms[name].sum.detach() * factor
 
-    def losses(self, scored: dict[str, int], parallel: ParallelContext) -> Losses:
+    def losses(self, scored: dict[str, int], weights: dict[str, float], parallel: ParallelContext) -> Losses:
+        """``weights``: of the terms that rows were there for; the others are left out."""
         with phase("sum losses"):
             # Only ranks with the pipeline's last stage have added anything, and for what is prepared, the first.
             sums = parallel.pp.all_reduce(parallel.dp.all_reduce(self._sums)).tolist()
-        means = {name: _share(s, scored[name]) for name, s in zip(self._weights, sums[0], strict=True)}
-        total = sum(self._weights[name] * mean for name, mean in means.items())
-        for name, s in zip(self._weights, sums[1] if len(sums) > 1 else (), strict=False):
-            if name not in self._prepared:
-                means[PREFIX + name] = _share(s, scored[name])
-                total += self._weights[name] * means[PREFIX + name]
+        means: dict[str, float] = {}
+        total = 0.0
+        for prefix, row in zip(("", PREFIX), sums, strict=False):
+            for name, s in zip(self._weights, row, strict=True):
+                if name in weights and not (prefix and name in self._prepared):
+                    means[prefix + name] = _share(s, scored[name])
+                    total += weights[name] * means[prefix + name]
         return Losses(total, means, scored)

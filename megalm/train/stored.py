@@ -32,8 +32,9 @@ from megalm.plugin.contract.head import HeadEnv
 from megalm.plugin.contract.objective import ObjectiveEnv
 from megalm.plugin.contract.tokenizer import SpecialTokens, Tokenizer
 from megalm.plugin.manager import PluginManager
+from megalm.train.build import build_objective
 from megalm.train.head import head_objective
-from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.objective import TrainingObjective
 from megalm.train.run_folder import CHECKPOINTS
 
 NO_TOKENIZER = "none"

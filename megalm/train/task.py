@@ -150,14 +150,14 @@ def check_no_task(config: Config) -> None:
 
 
 def attention_of(manifest: Manifest, manager: PluginManager) -> Attention:
-    """How a checkpoint's backbone attends."""
+    """How a checkpoint's backbone attends to a whole row, which is all prefix where rows may have one."""
     told = manifest.state.get("head")
     if told is not None:
         attention: Attention = told["attention"]
         return attention
     resolved = model_configuration(manifest.state.get("config", {}), manager)
     objective, _ = objective_and_spec(resolved, manager)
-    return objective.attention
+    return "bidirectional" if objective.attention == "prefix" else objective.attention
 
 
 def _tokenizer(

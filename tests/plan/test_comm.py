@@ -210,6 +210,7 @@ class ThirdParty:
     def __init__(self, prepared: Prepared, score: Callable[[Any, Any, LossContext], torch.Tensor | None]) -> None:
         self._own = prepared.objective
         self._score = score
+        self.members = (self,)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)

@@ -20,7 +20,8 @@ from megalm.data.tokenizer import load_tokenizer
 from megalm.plugin.contract.objective import Corpus, ObjectiveEnv
 from megalm.plugin.manager import PluginManager
 from megalm.testing.fresh import run_fresh
-from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.build import build_objective
+from megalm.train.objective import TrainingObjective
 
 Digests = dict[str, str]
 """Of each tensor of a row, by name."""

@@ -27,8 +27,9 @@ from megalm.testing.objective.companions import (
     without_teachers,
 )
 from megalm.testing.runs import load_run, make_run, make_store
+from megalm.train.build import build_objective
 from megalm.train.feed import Rows
-from megalm.train.objective import TrainingObjective, build_objective
+from megalm.train.objective import TrainingObjective
 from megalm.train.prepare import Prepared
 
 T = TypeVar("T")
