@@ -272,6 +272,11 @@ ROWS = ("train.cell=4", "train.micro_batch=4")
         ((mix({"mlm": 1.0, "nope": 1.0}), *ROWS), ConfigError, r'objective\[1\]\.name: unknown objective "nope"'),
         ((mix({"mlm": 0.0, "nsp": 1.0}), *ROWS), ConfigError, r"objective\[0\]\.share: expected a number greater"),
         ((mix({"mlm": 1e-9, "nsp": 1.0}), *ROWS), ConfigError, "a share is less than one in"),
+        (
+            (mix({"mlm": 1.0, "causal_lm+distill": 1.0}), *ROWS, 'objective.distill.teacher="runs/large"'),
+            ConfigError,
+            r"causal_lm\+distill has a teacher, and cannot be mixed",
+        ),
         ((mix({"mlm": 1.0, "contrastive": 1.0}), "train.cell=8", "train.micro_batch=4"), ConfigError, "must equal"),
     ],
     ids=str,
