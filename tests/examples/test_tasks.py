@@ -85,6 +85,15 @@ def test_supersense(minilm: Path, tmp_path: Path) -> None:
     assert "accuracy of MiniLM" in out
 
 
+def test_contrastive(minilm: Path, tmp_path: Path) -> None:
+    data = pack(tmp_path / "glosses.tsv.gz", map("\t".join, rows(DATA / "wordnet_gloss_example.tsv.gz", 16)))
+    benchmark(tmp_path)
+    sets = ["train.micro_batch=8", "train.cell=8"]
+    out = run("contrastive", tmp_path, data, "--model", minilm, "--sts", tmp_path, sets=sets)
+    assert "STS-B" in out
+    assert "recall@10" in out
+
+
 def benchmark(folder: Path) -> None:
     """Files such as those of the STS benchmark."""
     pairs = itertools.product(SENTENCES, SENTENCES)
