@@ -115,6 +115,15 @@ def test_names(minilm: Path, tmp_path: Path) -> None:
     assert "with a CRF" in run("ner", tmp_path, tmp_path, "--model", minilm, sets=["train.micro_batch=8"])
 
 
+def test_names_in_chinese(tmp_path: Path) -> None:
+    pytest.importorskip("seqeval")
+    with gzip.open(DATA / "zh_sanguo_ner_silver.conll.gz", "rt", encoding="utf-8") as lines:
+        text = lines.read().split("\n\n")
+    parts = [[each for each in text if each.startswith(f"# split={part}")] for part in ("train", "dev", "test")]
+    data = pack(tmp_path / "names.conll.gz", [f"{each}\n" for part in parts for each in part[:200]])
+    assert "with a CRF" in run("ner_zh", tmp_path, data, sets=["train.micro_batch=8"])
+
+
 def test_novel(tmp_path: Path) -> None:
     sets = ["train.micro_batch=8", "sample.tokens=5"]
     assert "bits per character" in run("sanguo", tmp_path, DATA / "zh_sanguo.txt", sets=sets)
