@@ -59,7 +59,9 @@ def long_texts_are_cut(subject: HeadSubject) -> str:
         raise NotApplicable("the head reads no text")
     record: dict[str, Any] = dict(subject.records[0])
     for name in names:
-        record = _with_text(record, fields, name, " ".join(["longer"] * subject.sequence_length))
+        # Of its own words: the tokenizer has tokens for them, whatever stands between words.
+        own = record[name] if fields[name].kind == "text" else " ".join(record[name])
+        record = _with_text(record, fields, name, " ".join([own] * subject.sequence_length))
     row = _build(subject, record, "long text")
     if len(row["tokens"]) > subject.sequence_length:
         raise CheckFailed(
