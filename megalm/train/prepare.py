@@ -252,8 +252,7 @@ def _open_records(resolved: Resolved, manager: PluginManager) -> _Opened:
     objective = task.objective
     for records in (task.train, task.validation):
         objective.check_corpus(as_corpus(records))
-    if resolved.config.eval.every:
-        task.rehearse()
+    task.rehearse()  # a run evaluates after its last step, whatever eval.every says
     corpora = task.train_corpus, task.validation_corpus
     return _Opened(task.component, task.tokenizer, objective, *corpora, task=task)
 
