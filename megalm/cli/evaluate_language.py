@@ -136,7 +136,7 @@ def _prepare(asked: Asked, made: Path, ranks: int) -> _Job:
         raise LayoutError(f"--sp: rows of {length} tokens cannot be shared by --tp {tp} ranks; --length N sets another")
     pipeline = make_pipeline(spec, manager, schedule="gpipe", ranks=pp, microbatches=pp) if pp > 1 else None
     objective = language_objective(stored, manager, length=length)
-    corpus = _corpus(asked, stored, made)
+    corpus = open_corpus(asked.data, asked.part, stored, made)
     objective.check_corpus(corpus)
     whole = objective.num_samples(corpus)
     return _Job(
@@ -151,28 +151,28 @@ def _prepare(asked: Asked, made: Path, ranks: int) -> _Job:
     )
 
 
-def _corpus(asked: Asked, stored: Stored, folder: Path) -> TokenStore:
-    """The part of a store that is named, or a store of texts."""
+def open_corpus(data: list[Path], part: str, stored: Stored, folder: Path) -> TokenStore:
+    """The part of a store that is named, or a store of texts, made in ``folder``. UsageError where it is neither."""
     from megalm.data.manifest import NAME
     from megalm.data.prepare import prepare
     from megalm.data.store import TokenStore
     from megalm.errors import UsageError
 
-    stores = [path for path in asked.data if (path / NAME).is_file()]
-    if stores and len(asked.data) > 1:
+    stores = [path for path in data if (path / NAME).is_file()]
+    if stores and len(data) > 1:
         raise UsageError(f"--data {stores[0]}: a prepared store is measured alone")
     if stores:
-        store = TokenStore.open(stores[0], asked.part)
+        store = TokenStore.open(stores[0], part)
         store.check_tokenizer(stored.tokenizer)
         return store
-    tables = [path for path in asked.data if _is_table(path)]
+    tables = [path for path in data if _is_table(path)]
     if tables:
         raise UsageError(
             f"{tables[0]}: holds records, but {stored.folder} has no head: it was trained with "
             f"{', '.join(stored.objective.parts)}. Train one on it with train.head, or name texts"
         )
     assert stored.component is not None  # the tokenizer was required
-    prepare(asked.data, stored.tokenizer, folder / "data", component=stored.component, validation=0)
+    prepare(data, stored.tokenizer, folder / "data", component=stored.component, validation=0)
     return TokenStore.open(folder / "data", "train")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ from typer.testing import CliRunner
 
 from megalm.checkpoint.load import logical_weights
 from megalm.cli.app import app
+from megalm.data.store import TokenStore
 from megalm.errors import CheckpointError, UsageError
 from megalm.hf import quantizing
 from megalm.hf.importing import import_hf
 from megalm.hf.quantizing import quantize_hf
 from megalm.parallel.mesh import single_rank
+from megalm.plugin.contract.objective import IGNORE
 from megalm.plugin.manager import PluginManager
+from megalm.testing.runs import make_store
+from megalm.train.feed import evaluation_rows
 from megalm.train.head import predict
+from megalm.train.language_scoring import language_objective
 from megalm.train.scoring import score, stored_head
 from megalm.train.stored import open_stored
 
@@ -78,6 +84,39 @@ def test_a_head_is_measured_before_and_after(folder: Folder, tmp_path: Path, man
     after = sum(model.config.id2label[n] == row["label"] for n, row in zip(best, rows, strict=True)) / len(rows)
     assert f"accuracy  {before:.4f} before, {after:.4f} after" in done.stdout
     assert "exists already" in str(CliRunner().invoke(app, line).exception)
+
+
+def test_a_language_model_is_measured_before_and_after(folder: Folder, tmp_path: Path, manager: PluginManager) -> None:
+    model, sizes = draw_settings("llama", random.Random(5))
+    source = folder("source", model, sizes)
+    import_hf(source, tmp_path / "in", manager, tokenizer=own_tokenizer(source, manager), verify=False)
+    store = make_store(tmp_path, documents=20, manager=manager, tokenizer=str(tmp_path / "in"))
+    line = ["quantize", str(tmp_path / "in"), str(tmp_path / "out"), "--data", str(store)]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.exception
+    told = re.search(r"causal_lm  ([\d.]+) before, ([\d.]+) after", done.stdout)
+    assert told is not None
+    evaluated = CliRunner().invoke(app, ["eval", str(tmp_path / "in"), "--data", str(store), "--json"])
+    whole = json.loads(evaluated.stdout)
+    assert float(told[1]) == pytest.approx(whole["loss"], abs=1e-4)
+    import transformers
+
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    kept = open_stored(tmp_path / "in", manager)
+    with torch.no_grad():
+        objective = language_objective(kept, manager, length=whole["sequence_length"])
+        losses, tokens = 0.0, 0
+        corpus = TokenStore.open(store, "validation")
+        for rows in evaluation_rows(
+            objective, corpus, seed=0, samples=whole["rows"], micro_batch=4, dp_index=0, dp_size=1
+        ):
+            batch = {name: torch.from_numpy(value) for name, value in rows.batch.items()}
+            logits = quantized(batch["tokens"]).logits.flatten(0, 1)
+            labels = batch["labels"].flatten()
+            losses += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            tokens += int((labels != IGNORE).sum())
+    assert tokens == whole["scored"]["causal_lm"]
+    assert float(told[2]) == pytest.approx(losses / tokens, abs=2e-4)
 
 
 def test_a_folder_that_computes_otherwise_does_not_appear(
