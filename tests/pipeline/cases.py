@@ -105,7 +105,9 @@ def subjects(seed: int) -> Iterator[Callable[[str], ObjectiveSubject]]:
         @cache
         def make(name: str) -> ObjectiveSubject:
             kind, _, word = name.rpartition(" ")
-            return stack.enter_context(KINDS[kind](word, manager=plugins(), seed=seed))
+            if kind:
+                return stack.enter_context(KINDS[kind](word, manager=plugins(), seed=seed))
+            return stack.enter_context(ObjectiveSubject(word, manager=plugins(), seed=seed, stages=LAYERS))
 
         yield make
 

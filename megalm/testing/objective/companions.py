@@ -12,7 +12,6 @@ from pathlib import Path
 
 from megalm.parallel.mesh import single_rank
 from megalm.plugin.manager import PluginManager
-from megalm.testing.pipelines import QUICK_STAGES, STAGES
 from megalm.testing.runs import make_run
 from megalm.train.trainer import Trainer
 
@@ -65,11 +64,10 @@ def make_teacher(
     *,
     length: int,
     device: str,
-    full: bool,
+    layers: int,
 ) -> Path:
-    """The folder of a run of one step, whose model takes rows of twice the length. ``full``: it has a layer for each
-    stage of every pipeline that may be tried."""
-    sizes = [f"model.hidden_size={TEACHER_SIZE}", f"model.layers={STAGES if full else QUICK_STAGES}", "train.steps=1"]
+    """The folder of a run of one step, whose model takes rows of twice the length."""
+    sizes = [f"model.hidden_size={TEACHER_SIZE}", f"model.layers={layers}", "train.steps=1"]
     sizes.append(f"model.max_positions={2 * length}")
     run = make_run(
         folder, store, objective=objective, architecture=architecture, overrides=[*settings, *sizes], manager=manager

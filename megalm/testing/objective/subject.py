@@ -26,6 +26,7 @@ from megalm.testing.objective.companions import (
     with_builder,
     without_teachers,
 )
+from megalm.testing.pipelines import QUICK_STAGES, STAGES
 from megalm.testing.runs import load_run, make_run, make_store
 from megalm.train.build import build_objective
 from megalm.train.feed import Rows
@@ -56,6 +57,8 @@ class ObjectiveSubject:
         text: what to train on; default: a made-up text.
         device: where ranks compute.
         sequence_length: tokens of a row.
+        stages: of the longest pipeline that is tried, which a model to learn from has a layer for each of; default:
+            that of the layouts.
 
     Use it as a context manager or :meth:`close` it: it keeps a temporary folder.
     """
@@ -73,11 +76,13 @@ class ObjectiveSubject:
         text: Path | None = None,
         device: str = "cpu",
         sequence_length: int = 48,
+        stages: int | None = None,
     ) -> None:
         self.name = name
         self.manager = manager or PluginManager.for_launch(None)
         self.settings = tuple(settings)
         self.full = full
+        self._stages = stages or (STAGES if full else QUICK_STAGES)
         self.sample = sample
         self.seed = seed
         self.device = device
@@ -139,7 +144,7 @@ class ObjectiveSubject:
             self.manager,
             length=self.sequence_length,
             device=self.device,
-            full=self.full,
+            layers=self._stages,
         )
 
     def _needs_of(self, objective: str, overrides: list[str]) -> Needs:
