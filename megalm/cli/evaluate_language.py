@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from megalm.cli.on_ranks import on_ranks
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
     from megalm.pipeline.plan import Pipeline
     from megalm.train.objective import TrainingObjective
     from megalm.train.stored import Stored
-
-_TIMEOUT = 600.0
-"""Seconds after which ranks that wait for each other give up."""
 
 
 @dataclass(frozen=True)
@@ -74,38 +73,18 @@ def evaluate_language(asked: Asked) -> None:
 
 def _evaluate(asked: Asked, folder: Path) -> None:
     """``folder``: for what is made of text files."""
-    from megalm import launch
-    from megalm.parallel.bootstrap import Place, Rendezvous
-    from megalm.parallel.mesh import single_rank
+    from megalm.parallel.bootstrap import Place
 
     place = Place.from_environment()
-    if place.world_size == 1:
-        job = _prepare(asked, folder, 1)
-        where = launch.choose_device(asked.device, place)
-        launch.use_threads(launch.default_threads(place), where)
-        _run(asked, job, single_rank(where))
-        return
-    launch.end_with_launcher()
-    rendezvous = Rendezvous(place)
 
     def prepare() -> tuple[_Job, dict[str, Any]]:
         job = _prepare(asked, folder, place.world_size)
         return job, {"checkpoint": job.stored.manifest.sha256, "tokens": job.corpus.num_tokens, "rows": job.samples}
 
-    job = launch.prepare_together(rendezvous, prepare)
-    where = launch.choose_device(asked.device, place)
-    launch.use_threads(launch.default_threads(place), where)
-    status = launch.run_rank(
-        lambda parallel: _run(asked, job, parallel),
-        rendezvous,
-        where,
-        tp=asked.tp,
-        pp=asked.pp,
-        dp=place.world_size // (asked.tp * asked.pp),
-        sp=asked.sp,
-        timeout=_TIMEOUT,
-    )
-    raise typer.Exit(status)
+    def run(job: _Job, parallel: ParallelContext) -> None:
+        _run(asked, job, parallel)
+
+    on_ranks(prepare, run, place, device=asked.device, tp=asked.tp, pp=asked.pp, sp=asked.sp)
 
 
 def _prepare(asked: Asked, made: Path, ranks: int) -> _Job:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megalm.cli.on_ranks import on_ranks
 from megalm.cli.options import Plugins, names
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from megalm.train.generate import Generated
     from megalm.train.sampling import Sampling
     from megalm.train.stored import Stored
-
-_TIMEOUT = 600.0
-"""Seconds after which ranks that wait for each other give up."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ def generate(
     """Continue prompts. On several ranks: torchrun --nproc-per-node N -m megalm.cli generate CKPT ...
 
     The same seed gives the same text on any number of ranks, whatever prompts stand beside it."""
-    from megalm import launch
-    from megalm.parallel.bootstrap import Place, Rendezvous
-    from megalm.parallel.mesh import single_rank
+    from megalm.parallel.bootstrap import Place
 
     place = Place.from_environment()
 
@@ -110,28 +106,7 @@ def generate(
         )
         return job, {"checkpoint": job.stored.manifest.sha256, "prompts": job.prompts}
 
-    if place.world_size == 1:
-        job, _ = prepare()
-        where = launch.choose_device(device, place)
-        launch.use_threads(launch.default_threads(place), where)
-        _run(job, single_rank(where))
-        return
-    launch.end_with_launcher()
-    rendezvous = Rendezvous(place)
-    job = launch.prepare_together(rendezvous, prepare)
-    where = launch.choose_device(device, place)
-    launch.use_threads(launch.default_threads(place), where)
-    status = launch.run_rank(
-        lambda parallel: _run(job, parallel),
-        rendezvous,
-        where,
-        tp=place.world_size // pp,
-        pp=pp,
-        dp=1,
-        sp=False,
-        timeout=_TIMEOUT,
-    )
-    raise typer.Exit(status)
+    on_ranks(prepare, _run, place, device=device, tp=place.world_size // pp, pp=pp)
 
 
 def _texts(given: list[str], file: Path | None) -> list[str]:
