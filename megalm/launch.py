@@ -173,17 +173,13 @@ def _leave_together(rendezvous: Rendezvous, status: int) -> NoReturn:
 
 
 def _train(prepared: Prepared, rendezvous: Rendezvous) -> int:
-    import torch
-
     from megalm.parallel.phase import phase
     from megalm.train.trainer import Trainer
 
     config, place = prepared.resolved.config, rendezvous.place
     device = choose_device(config.launch.device, place)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     threads = config.launch.threads
-    torch.set_num_threads(default_threads(place) if threads == "auto" else threads)
+    use_threads(default_threads(place) if threads == "auto" else threads, device)
     layout = config.parallel
 
     def train(parallel: ParallelContext) -> None:

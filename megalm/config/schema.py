@@ -87,6 +87,8 @@ class KernelsConfig(Settings):
     """Dropout by address, with or without the residual addition after it."""
     cross_entropy: str = "auto"
     """What the loss over the vocabulary does to each logit, around matrix products that are torch's."""
+    multi_tensor: str = "auto"
+    """Passes over lists of tensors: the squares that make the gradient's norm."""
 
 
 class ModelConfig(Settings):

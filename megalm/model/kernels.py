@@ -11,7 +11,7 @@ from megalm.plugin.contract.kernels import KernelRequest
 
 
 def kernel_requests(spec: ModelSpec, device: Literal["cpu", "cuda"], precision: Precision) -> Iterator[KernelRequest]:
-    """One request for each operation that ``[kernels]`` may choose and this model computes."""
+    """One request for each operation that ``[kernels]`` may choose and this model, or its training, computes."""
     c = spec.cfg
     owned = spec.heads or spec.modules  # an objective's heads, before which it may drop with a probability of its own
     sizes = {
@@ -21,6 +21,7 @@ def kernel_requests(spec: ModelSpec, device: Literal["cpu", "cuda"], precision: 
         **({"softmax": {}} if c.attention_dropout else {}),
         **({"dropout": {"width": c.hidden_size}} if c.dropout or c.attention_dropout or owned else {}),
         **({"cross_entropy": {"vocabulary": spec.vocab_size}} if spec.lm_head else {}),
+        "multi_tensor": {},
     }
     for operation, found in sizes.items():
         yield KernelRequest(operation, device, precision, found)

@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from megalm.errors import ConfigError, PluginError
-from megalm.ops import activation, cross_entropy, dropout, norm, rope, softmax
+from megalm.ops import activation, cross_entropy, dropout, multi_tensor, norm, rope, softmax
 from megalm.ops.kernels import Kernels
 from megalm.ops.native.activation import Activations
 from megalm.ops.native.cross_entropy import CrossEntropies
 from megalm.ops.native.dropout import Dropouts
 from megalm.ops.native.library import Absent, Library, library
+from megalm.ops.native.multi_tensor import MultiTensor
 from megalm.ops.native.norm import Norms
 from megalm.ops.native.rope import Rope
 from megalm.ops.native.softmax import Softmaxes
@@ -42,6 +43,7 @@ _REFERENCE: Mapping[str, Mapping[str, Function]] = {
     "softmax": {"masked_softmax": softmax.masked_softmax},
     "dropout": {"dropout": dropout.dropout, "dropout_add": dropout.dropout_add},
     "cross_entropy": {"statistics": cross_entropy.statistics, "gradient_": cross_entropy.gradient_},
+    "multi_tensor": {"sums_of_squares": multi_tensor.sums_of_squares},
 }
 _NATIVE: Mapping[str, Callable[[str], object]] = {
     "rms_norm": Norms,
@@ -51,6 +53,7 @@ _NATIVE: Mapping[str, Callable[[str], object]] = {
     "softmax": Softmaxes,
     "dropout": Dropouts,
     "cross_entropy": CrossEntropies,
+    "multi_tensor": MultiTensor,
 }
 """For each operation a class that has its functions, made for a namespace of torch's operations."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megalm.ops import activation, norm
+from megalm.ops import activation, multi_tensor, norm
 from megalm.ops import cross_entropy as cross_entropies
 from megalm.ops import dropout as dropouts
 from megalm.ops import rope as ropes
@@ -35,6 +35,7 @@ class Kernels:
     dropout_add: Function = dropouts.dropout_add
     statistics: Function = cross_entropies.statistics
     gradient_: Function = cross_entropies.gradient_
+    sums_of_squares: Function = multi_tensor.sums_of_squares
 
     @property
     def cross_entropy(self) -> cross_entropies.CrossEntropyKernels:

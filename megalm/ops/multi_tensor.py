@@ -17,7 +17,20 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor: float64 (n,). A list of several dtypes is fine; the sum's order depends on sizes alone."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([t.double().square().sum() for t in tensors])
+    return torch.stack([_squares(t) for t in tensors])
+
+
+_CACHED_ELEMENTS = 1 << 15
+
+
+def _squares(t: Tensor) -> Tensor:
+    """The sum of one. A CPU makes a copy of all of ``t`` in float64, which is six times slower than one of a few rows
+    at a time, that stays in the cache."""
+    parts: tuple[Tensor, ...] = (t,)
+    if t.device.type == "cpu" and t.dtype != torch.float64 and t.dim() > 1 and t.numel() >= 2 * _CACHED_ELEMENTS:
+        parts = t.split(max(1, _CACHED_ELEMENTS * len(t) // t.numel()))
+    sums = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts])
+    return sums.sum()
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

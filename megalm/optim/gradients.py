@@ -5,17 +5,17 @@ The loss was scaled before backward, so everything here is a sum. What is summed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from megalm.ops.multi_tensor import sums_of_squares
 from megalm.optim.weights import Weights
 from megalm.parallel.comm import Group
 from megalm.parallel.layout import sum_overlaps
 from megalm.parallel.phase import phase
 
 _BUCKET_ELEMENTS = 8 << 20
-_CACHED_ELEMENTS = 1 << 15
 
 
 def finish_gradients(weights: Weights) -> None:
@@ -58,29 +58,17 @@ def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
-def global_norm(weights: Weights) -> torch.Tensor:
-    """The 2-norm of the whole gradient, every logical element counted once: float64, 0-d, the same on every rank."""
-    norms = []
-    for piece in weights.gradient_pieces():
-        if piece.owned is not None:
-            norms.append(_norm(piece.view(piece.owned)))
-    device = weights.parallel.device
-    squares = (
-        torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
-    )
+def global_norm(
+    weights: Weights, sums: Callable[[Sequence[torch.Tensor]], torch.Tensor] = sums_of_squares
+) -> torch.Tensor:
+    """The 2-norm of the whole gradient, every logical element counted once: float64, 0-d, the same on every rank.
+
+    ``sums``: the ``sums_of_squares`` that a run computes with; default: the reference.
+    """
+    own = [piece.view(piece.owned) for piece in weights.gradient_pieces() if piece.owned is not None]
+    squares = sums(own).sum().to(weights.parallel.device)
     with phase("gradient norm"):
         return weights.parallel.pp.all_reduce(weights.parallel.tp.all_reduce(squares)).sqrt()
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """The 2-norm in float64. A CPU makes a copy of all of ``x`` in that type, which is six times slower than one of a
-    few rows at a time, that stays in the cache."""
-    parts = (x,)
-    if x.device.type == "cpu" and x.dtype != torch.float64 and x.dim() > 1 and x.numel() >= 2 * _CACHED_ELEMENTS:
-        parts = x.split(max(1, _CACHED_ELEMENTS * len(x) // x.numel()))
-    norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts])
-    whole: torch.Tensor = torch.linalg.vector_norm(norms) if len(norms) > 1 else norms[0]
-    return whole
 
 
 def clip_gradients(weights: Weights, norm: float, limit: float) -> None:

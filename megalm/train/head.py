@@ -30,8 +30,8 @@ from megalm.train.objective import TrainingObjective
 from megalm.train.stages import forward_only
 from megalm.train.step import AT_ONCE
 
-ROW_UNIT = 8
-"""Tokens: kernels like rows of such lengths."""
+ROW_UNITS = {"cuda": 8, "cpu": 1}
+"""Tokens: tensor cores like rows of such lengths. To a processor a token of padding costs what any other does."""
 
 
 class HeadObjective(Objective):
@@ -163,11 +163,12 @@ def by_size(rows: Sequence[Record]) -> list[int]:
     return sorted(range(len(rows)), key=sizes.__getitem__)
 
 
-def row_unit(tp: int, sp: bool) -> int:
-    """What the lengths of rows are multiples of. Where the sequence is divided it divides evenly; else it is the same
-    for every layout, so that all pad alike.
+def row_unit(tp: int, sp: bool, device: str) -> int:
+    """What the lengths of rows are multiples of, on a type of device. Where the sequence is divided it divides evenly;
+    else it is the same for every layout, so that all pad alike.
     """
-    return math.lcm(ROW_UNIT, tp) if sp else ROW_UNIT
+    unit = ROW_UNITS.get(device, 1)
+    return math.lcm(unit, tp) if sp else unit
 
 
 def head_objective(name: str, head: Head, *, labelled: bool = True, unit: int | None = None) -> TrainingObjective:
@@ -193,7 +194,8 @@ def predict(
     that cannot be used.
     """
     parallel = model.parallel
-    objective = head_objective(name, head, labelled=False, unit=row_unit(parallel.tp.size, parallel.sp))
+    unit = row_unit(parallel.tp.size, parallel.sp, parallel.device.type)
+    objective = head_objective(name, head, labelled=False, unit=unit)
     part = cast("HeadObjective", objective.parts[name])
     part.check_corpus(as_corpus(records))
     rows, counts = in_parts(name, head, records)

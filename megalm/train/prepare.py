@@ -124,7 +124,8 @@ def prepare_run(
     wrong with one kind of thing.
     """
     config = resolved.config
-    opened = _open_corpus(resolved, manager) if config.train.head is None else _open_records(resolved, manager)
+    headless = config.train.head is None
+    opened = _open_corpus(resolved, manager) if headless else _open_records(resolved, manager, device or "cpu")
     tokenizer, objective, train, validation = opened.tokenizer, opened.objective, opened.train, opened.validation
     source = opened.source
     for part, corpus in (("training", train), ("validation", validation)):
@@ -246,9 +247,9 @@ def _open_corpus(resolved: Resolved, manager: PluginManager) -> _Opened:
     return _Opened(component, tokenizer, build_objective(resolved, manager, env), train, validation, source)
 
 
-def _open_records(resolved: Resolved, manager: PluginManager) -> _Opened:
+def _open_records(resolved: Resolved, manager: PluginManager, device: str) -> _Opened:
     """The head, and its records."""
-    task = open_task(resolved, manager)
+    task = open_task(resolved, manager, device)
     objective = task.objective
     for records in (task.train, task.validation):
         objective.check_corpus(as_corpus(records))

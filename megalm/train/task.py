@@ -111,9 +111,9 @@ class Task:
         return told
 
 
-def open_task(resolved: Resolved, manager: PluginManager) -> Task:
-    """The run's head, records and tokenizer. ConfigError, DataError, TokenizerError or CheckpointError where one of
-    them will not do; records are checked later, with all that an objective checks.
+def open_task(resolved: Resolved, manager: PluginManager, device: str) -> Task:
+    """The run's head, records and tokenizer, for a type of device. ConfigError, DataError, TokenizerError or
+    CheckpointError where one of them will not do; records are checked later, with all that an objective checks.
     """
     config, name = resolved.config, resolved.config.train.head
     assert name is not None
@@ -138,7 +138,7 @@ def open_task(resolved: Resolved, manager: PluginManager) -> Task:
     fields = cls(settings, env).fields()
     train, validation = _records(wanted, fields)
     env = HeadEnv(tokenizer, env.sequence_length, label_names(train, fields), env.attention)
-    unit = row_unit(config.parallel.tp, config.parallel.sp)
+    unit = row_unit(config.parallel.tp, config.parallel.sp, device)
     title = resolved.components["head", name].name
     return Task(title, cls(settings, env), component, tokenizer, train, validation, unit)
 

@@ -242,7 +242,7 @@ class Trainer:
         finish_gradients(self.weights)
         if self.zeros is not None:
             self.zeros.stop()
-        norm = global_norm(self.weights).item()
+        norm = global_norm(self.weights, self.prepared.spec.kernels.sums_of_squares).item()
         self._check_finite(step, losses, norm)
         self.prepared.manager.hook.megalm_grads_ready(run=info, step=step + 1, grad_norm=norm)
         with phase("update"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
 from megalm.ops.multi_tensor import adamw_, clip_factor, lamb_apply_, lamb_update_, scale_, sums_of_squares
@@ -14,9 +16,18 @@ def _list(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 
 def test_sums_of_squares() -> None:
     tensors = [*_list(1), *_list(2, torch.bfloat16)]
-    expected = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors])
+    expected = torch.tensor([np.square(t.double().numpy()).sum() for t in tensors], dtype=torch.float64)
     torch.testing.assert_close(sums_of_squares(tensors), expected, rtol=1e-12, atol=0.0)
     assert sums_of_squares([]).shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(30_000, 7), (3, 100_003), (70_000, 1, 3)])
+def test_the_squares_of_a_large_tensor_are_summed_in_parts(shape: tuple[int, ...]) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    for each in (x, x.transpose(0, -1)):
+        (found,) = sums_of_squares([each])
+        assert found.dtype == torch.float64
+        assert float(found) == pytest.approx(float(np.square(each.numpy().astype(np.float64)).sum()), rel=1e-13)
 
 
 def test_clipping_is_torchs() -> None:

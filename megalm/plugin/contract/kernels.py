@@ -19,6 +19,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = {
     "softmax": ("masked_softmax",),
     "dropout": ("dropout", "dropout_add"),
     "cross_entropy": ("statistics", "gradient_"),
+    "multi_tensor": ("sums_of_squares",),
 }
 """Operations that ``[kernels]`` chooses for, and the functions of each. Signatures are those of the references, in the
 module of ``megalm.ops`` of that name or ``megalm.ops.norm``. A provider may leave out what follows from the others
