@@ -3,11 +3,11 @@
     python benchmarks/fine_tune_cpu.py --model FOLDER [--task supersense|sts|ner] [--data FOLDER] [--steps N]
                                        [--seeds N] [--write]
 
-Both start from the same weights (``--model`` is a folder that transformers reads) and train on the same rows in the same
-order with the same rates, AdamW, clipping and dropout, each seed with a head and an order of its own. The Trainer is given
-megalm's batches: rows of like length, its best setting, which it finds encoded and padded, while megalm's are made in its
-steps. The two take turns of a few steps, in threads of which one runs at a time, so that a machine whose speed drifts slows
-both alike; the seconds are those of the steps. What is measured are records that neither has seen.
+Both start from the same weights (``--model`` is a folder that transformers reads) and train on the same rows in the
+same order with the same rates, AdamW, clipping and dropout, each seed with a head and an order of its own. The Trainer
+is given megalm's batches: rows of like length, its best setting, which it finds encoded and padded, while megalm's are
+made in its steps. The two take turns of a few steps, in threads of which one runs at a time, so that a machine whose
+speed drifts slows both alike; the seconds are those of the steps. What is measured are records that neither has seen.
 """
 
 from __future__ import annotations
