@@ -80,18 +80,26 @@ def attention_with_dropout(
     kernels: Kernels,
 ) -> torch.Tensor:
     """Like :func:`attention`, probabilities dropped by address. ``first_head`` numbers this rank's heads."""
-    heads, length, dim = q_BNSD.shape[1:]
+    length, dim = q_BNSD.shape[2:]
     scores = q_BNSD @ k_BNSD.transpose(-1, -2)
     if causal and prefix_B is not None:
         # Finite, so that a query of padding, which may attend to nothing, has no NaN.
         scores = scores.masked_fill(~prefix_mask(prefix_B, length), torch.finfo(scores.dtype).min)
         causal = False
     probabilities = kernels.masked_softmax(scores, mask_BS, scale=1 / math.sqrt(dim), causal=causal)
-    where = key_blocks(address, length)
+    return drop_probabilities(probabilities, p, address, site, first_head, kernels) @ v_BNSD
+
+
+def drop_probabilities(
+    probabilities_BNQK: torch.Tensor, p: float, address: DropoutAddress, site: str, first_head: int, kernels: Kernels
+) -> torch.Tensor:
+    """Dropout of probabilities by address: that of the queries, one span for each row; keys count from 0."""
+    where = key_blocks(address, probabilities_BNQK.shape[-1])
     dropped = [
-        _drop_blocks(probabilities[:, h], p, where, f"{site}.head{first_head + h}", kernels) for h in range(heads)
+        _drop_blocks(probabilities_BNQK[:, h], p, where, f"{site}.head{first_head + h}", kernels)
+        for h in range(probabilities_BNQK.shape[1])
     ]
-    return torch.stack(dropped, dim=1) @ v_BNSD
+    return torch.stack(dropped, dim=1)
 
 
 KEYS = 32
@@ -114,11 +122,11 @@ def key_blocks(address: DropoutAddress, length: int) -> DropoutAddress:
 
 
 def _drop_blocks(
-    probabilities_BSS: torch.Tensor, p: float, where: DropoutAddress, site: str, kernels: Kernels
+    probabilities_BQK: torch.Tensor, p: float, where: DropoutAddress, site: str, kernels: Kernels
 ) -> torch.Tensor:
-    batch, length, _ = probabilities_BSS.shape
-    blocks = -(-length // KEYS)
-    padded = F.pad(probabilities_BSS, (0, blocks * KEYS - length)).view(batch, length, blocks, KEYS)
+    batch, queries, keys = probabilities_BQK.shape
+    blocks = -(-keys // KEYS)
+    padded = F.pad(probabilities_BQK, (0, blocks * KEYS - keys)).view(batch, queries, blocks, KEYS)
     dropped: torch.Tensor = kernels.dropout(padded.transpose(1, 2).reshape(-1, KEYS), p, where, site)
-    whole = dropped.view(batch, blocks, length, KEYS).transpose(1, 2).reshape(batch, length, blocks * KEYS)
-    return whole[:, :, :length]
+    whole = dropped.view(batch, blocks, queries, KEYS).transpose(1, 2).reshape(batch, queries, blocks * KEYS)
+    return whole[:, :, :keys]

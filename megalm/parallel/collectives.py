@@ -16,6 +16,7 @@ import torch
 
 from megalm.parallel.comm import Group
 from megalm.parallel.mesh import ParallelContext
+from megalm.parallel.sequence import SequenceMap
 
 
 class _Copy(torch.autograd.Function):
@@ -81,6 +82,28 @@ class _Replicate(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = grad.shape[0] // ctx.group.size
         return grad[ctx.group.index * rows : (ctx.group.index + 1) * rows], None
+
+
+class _GatherSequence(torch.autograd.Function):
+    """Whole rows from every rank's positions (dimension 0); gradients are summed, each to the rank that has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, places: SequenceMap) -> torch.Tensor:
+        ctx.group, ctx.places = group, places
+        return places.restore(group.all_gather(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.group.reduce_scatter(ctx.places.by_rank(grad)), None, None
+
+
+def gather_sequence(x_S: torch.Tensor, group: Group, places: SequenceMap) -> torch.Tensor:
+    """Whole rows (length, ...), in the order of logical positions, from this rank's (share, ...).
+
+    For what each rank computes of its own positions against all of them: the adjoint sums what every rank's loss says
+    of a position, and gives it to the rank that has it.
+    """
+    return x_S if group.alone else _GatherSequence.apply(x_S, group, places)
 
 
 def copy_to_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
