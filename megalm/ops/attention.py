@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -94,39 +95,33 @@ def drop_probabilities(
     probabilities_BNQK: torch.Tensor, p: float, address: DropoutAddress, site: str, first_head: int, kernels: Kernels
 ) -> torch.Tensor:
     """Dropout of probabilities by address: that of the queries, one span for each row; keys count from 0."""
-    where = key_blocks(address, probabilities_BNQK.shape[-1])
-    dropped = [
-        _drop_blocks(probabilities_BNQK[:, h], p, where, f"{site}.head{first_head + h}", kernels)
-        for h in range(probabilities_BNQK.shape[1])
-    ]
-    return torch.stack(dropped, dim=1)
+    batch, heads, queries, keys = probabilities_BNQK.shape
+    blocks = -(-keys // KEYS)
+    more = blocks * KEYS - keys
+    padded = F.pad(probabilities_BNQK, (0, more)) if more else probabilities_BNQK
+    rows = padded.reshape(batch, heads, queries, blocks, KEYS).transpose(2, 3).reshape(-1, KEYS)
+    dropped: torch.Tensor = kernels.dropout(rows, p, head_blocks(address, first_head, heads, keys), site)
+    whole = dropped.view(batch, heads, blocks, queries, KEYS).transpose(2, 3).reshape(padded.shape)
+    return whole[..., :keys]
 
 
 KEYS = 32
 """Keys whose draws are numbered together, one block of them after the other. So the draw for a query and a key does not
 depend on how long the row is made, as it would if a query's draws followed those of the query before it."""
-_APART = 1 << 32
-"""More than any row has queries: how far apart the numbers of two blocks lie."""
+_BLOCK_BITS, _QUERY_BITS = 22, 26
+"""Of the number of a draw's row: head, block of keys, query. Two 16-bit draws for each leave it a signed 64-bit integer
+with up to 16,384 heads, of rows of 67 million tokens."""
 
 
-def key_blocks(address: DropoutAddress, length: int) -> DropoutAddress:
-    """Where the rows of an attention's probabilities lie once they are cut into blocks of keys: for each row of tokens
-    the queries with its first :data:`KEYS` keys, then with the next."""
-    blocks = -(-length // KEYS)
+@lru_cache(maxsize=8)
+def head_blocks(address: DropoutAddress, first_head: int, heads: int, keys: int) -> DropoutAddress:
+    """Where the rows of an attention's probabilities lie, cut into blocks of keys: of each row of tokens, of each head,
+    the queries with its first :data:`KEYS` keys, then with the next. All layers of a microbatch ask for the same."""
+    blocks = -(-keys // KEYS)
+    starts = [
+        ((first_head + head) << _BLOCK_BITS | block) << _QUERY_BITS for head in range(heads) for block in range(blocks)
+    ]
     spans = tuple(
-        replace(span, start=block * _APART + span.start, stop=block * _APART + span.stop)
-        for span in address.spans
-        for block in range(blocks)
+        replace(span, start=start + span.start, stop=start + span.stop) for span in address.spans for start in starts
     )
     return replace(address, spans=spans)
-
-
-def _drop_blocks(
-    probabilities_BQK: torch.Tensor, p: float, where: DropoutAddress, site: str, kernels: Kernels
-) -> torch.Tensor:
-    batch, queries, keys = probabilities_BQK.shape
-    blocks = -(-keys // KEYS)
-    padded = F.pad(probabilities_BQK, (0, blocks * KEYS - keys)).view(batch, queries, blocks, KEYS)
-    dropped: torch.Tensor = kernels.dropout(padded.transpose(1, 2).reshape(-1, KEYS), p, where, site)
-    whole = dropped.view(batch, blocks, queries, KEYS).transpose(1, 2).reshape(batch, queries, blocks * KEYS)
-    return whole[:, :, :keys]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,9 +41,16 @@ class DropoutAddress:
     step: int
     spans: tuple[Span, ...]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(span.stop - span.start for span in self.spans)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.seed, self.step, self.spans))
+
+    def __hash__(self) -> int:
+        return self._hash  # tables are looked up by addresses of thousands of spans, once a layer
 
 
 def row_spans(slots: Sequence[int], length: int, start: int, stop: int, views: int = 1) -> tuple[Span, ...]:

@@ -57,15 +57,15 @@ def qkv(seed: int) -> list[torch.Tensor]:
     return [torch.randn(B, N, S, D, dtype=torch.float64) for _ in range(3)]
 
 
-def draws(address: DropoutAddress, site: str, length: int = S) -> torch.Tensor:
-    """(rows, queries, keys): of query q and key k that of feature k % 32 at position k // 32 * 2^32 + q."""
+def draws(address: DropoutAddress, head: int, length: int = S) -> torch.Tensor:
+    """(rows, queries, keys): of query q and key k that of feature k % 32 at head * 2^48 + k // 32 * 2^26 + q."""
     rows = []
     for span in address.spans:
-        at = [(key // 32 * 2**32 + query, key % 32) for query in range(length) for key in range(length)]
+        at = [(head * 2**48 + key // 32 * 2**26 + query, key % 32) for query in range(length) for key in range(length)]
         found = {}
         for place, _ in at:
             one = DropoutAddress(address.seed, address.step, (Span(span.slot, span.view, place, place + 1),))
-            found.setdefault(place, draws16(one, site, 32, torch.device("cpu"))[0].tolist())
+            found.setdefault(place, draws16(one, SITE, 32, torch.device("cpu"))[0].tolist())
         rows.append(torch.tensor([found[place][feature] for place, feature in at]).view(length, length))
     return torch.stack(rows)
 
@@ -89,7 +89,7 @@ def test_with_dropout_equals_loops(causal: bool, mask: torch.Tensor | None, p: f
         q, k, v, causal=causal, mask_BS=mask, p=p, address=address, site=SITE, first_head=2, kernels=PLAIN
     )
     threshold = round(p * 65536)
-    heads = [draws(address, f"{SITE}.head{2 + n}") >= threshold for n in range(N)]
+    heads = [draws(address, 2 + n) >= threshold for n in range(N)]
     keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - threshold)
     torch.testing.assert_close(found, naive(q, k, v, causal, mask, keep), rtol=1e-12, atol=1e-12)
 
@@ -103,7 +103,7 @@ def test_a_prefix_is_seen_by_all(prefix: list[int], mask: torch.Tensor | None) -
     found = attention(q, k, v, causal=True, mask_BS=mask, prefix_B=first)
     torch.testing.assert_close(found, naive(q, k, v, True, mask, prefix=first), rtol=1e-12, atol=1e-12)
     address = DropoutAddress(3, 4, row_spans([6, 9], S, 0, B * S))
-    heads = [draws(address, f"{SITE}.head{n}") >= 26214 for n in range(N)]
+    heads = [draws(address, n) >= 26214 for n in range(N)]
     keep = torch.stack(heads, dim=1).double() * 65536 / (65536 - 26214)
     dropped = attention_with_dropout(
         q,
