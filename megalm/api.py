@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         TensorSpec,
         Term,
     )
-    from megalm.plugin.contract.optim import Architecture, LRSchedule, OptimizerPlugin
+    from megalm.plugin.contract.optim import Architecture, LogicalTensors, LRSchedule, OptimizerPlugin
     from megalm.plugin.contract.pipeline import (
         Action,
         ActionKind,
@@ -112,7 +112,7 @@ _HOMES = {
         "TensorSpec",
         "Term",
     ),
-    "megalm.plugin.contract.optim": ("Architecture", "LRSchedule", "OptimizerPlugin"),
+    "megalm.plugin.contract.optim": ("Architecture", "LRSchedule", "LogicalTensors", "OptimizerPlugin"),
     "megalm.plugin.contract.pipeline": (
         "Action",
         "ActionKind",
@@ -161,6 +161,7 @@ __all__ = [
     "KernelRequest",
     "LRSchedule",
     "LayoutError",
+    "LogicalTensors",
     "LossContext",
     "MeasureKind",
     "Measures",

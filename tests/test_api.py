@@ -86,6 +86,16 @@ SURFACE = {
         hookimpl loop_placement marks_spans order_from_csv order_to_csv packed_row packed_rows stream_windows
         v_placement
     """,
+    (1, 9): """
+        API_VERSION Action ActionKind AddressedSource Architecture AuxModel Batch BubbleFormula BuildContext
+        Callback CheckpointError Component ConfigError Corpus Costs DataError DataSource Example FieldSpec Head
+        HeadEnv HeadSpec HuggingFaceHead IGNORE KernelProvider KernelRequest LRSchedule LayoutError LogicalTensors
+        LossContext MeasureKind Measures MegalmError ModuleBuilder Needs Objective ObjectiveEnv OptimizerPlugin
+        Piece PipelineOrder PipelineSchedule PipelineShape PluginError PluginInfo PrepareContext PreparedBatch
+        Prepares Record RunInfo ScheduleError Settings SpecialTokens StreamSource Teacher TensorSpec Term
+        TokenMasking Tokenizer TokenizerError UsageError begins_word hookimpl loop_placement marks_spans
+        order_from_csv order_to_csv packed_row packed_rows stream_windows v_placement
+    """,
 }
 
 

@@ -43,6 +43,7 @@ def plan(
     size = _ranks(resolved.config, ranks)
 
     from megalm.plan.comm import Planner
+    from megalm.plan.optimizer import PlannedOptimizer
     from megalm.plan.recording import Grid
     from megalm.train.prepare import prepare_run
 
@@ -58,7 +59,10 @@ def plan(
     if comm:
         train = resolved.config.train
         teacher = None if prepared.teacher is None else prepared.teacher.spec
-        planner = Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial, teacher)
+        optimizer = PlannedOptimizer(prepared.optimizer, prepared.optimizer_settings)
+        planner = Planner(
+            prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial, teacher, optimizer
+        )
         volumes["step"] = planner.step(prepared.objective, lambda dp: _training(prepared, dp, grid.dp))
         if evaluation:
             from megalm.train.step import AT_ONCE

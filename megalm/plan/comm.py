@@ -27,6 +27,7 @@ from megalm.plan.entries import Entry, entry, merged, total
 from megalm.plan.gradients import gradient_entries, local_shapes
 from megalm.plan.loss import LossProbe, Scorer
 from megalm.plan.messages import message_entries
+from megalm.plan.optimizer import PlannedOptimizer
 from megalm.plan.recording import Grid, recording_context
 
 Microbatches = Callable[[int], Iterable[Mapping[str, torch.Tensor]]]
@@ -71,6 +72,7 @@ class Planner:
         precision: ``train.precision``.
         adversarial: ``train.adversarial``.
         teacher: the model that it learns from, which goes forward in the same layout before.
+        optimizer: what moves the weights; without it, nothing is counted for it.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class Planner:
         precision: str,
         adversarial: AdversarialConfig | None = None,
         teacher: ModelSpec | None = None,
+        optimizer: PlannedOptimizer | None = None,
     ) -> None:
         self.spec = spec
+        self._optimizer = optimizer
         self.teacher = teacher
         self._adversarial = adversarial
         self.pipeline = pipeline
@@ -256,7 +260,9 @@ class Planner:
             for index in range(self.grid.tp):
                 shapes = local_shapes(held, index)
                 if shapes not in known:
-                    entries = gradient_entries(held, self.grid, index, self._master.itemsize, pp=self.pp)
+                    entries = [*gradient_entries(held, self.grid, index, self._master.itemsize, pp=self.pp)]
+                    if self._optimizer is not None:
+                        entries += self._optimizer.entries(held, self.grid, index, self._master)
                     known[shapes] = tuple(entries)
                 row.append(known[shapes])
             out.append(row)

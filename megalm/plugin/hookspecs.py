@@ -23,7 +23,7 @@ from megalm.plugin.component import KINDS, Component
 if TYPE_CHECKING:
     from megalm.plugin.contract.callback import RunInfo
 
-API_VERSION: tuple[int, int] = (1, 8)
+API_VERSION: tuple[int, int] = (1, 9)
 """(major, minor) of what plugins may rely on. A plugin declares ``MEGALM_API = (1, 0)``: it loads where the major is
 the same and its minor is not above ours."""
 PROJECT = "megalm"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from megalm.optim.logical import HeldTensors
 from megalm.optim.weights import Weights
 from megalm.train.prepare import Prepared
 
@@ -22,7 +23,10 @@ def make_optimizer(prepared: Prepared, weights: Weights) -> torch.optim.Optimize
     lr = prepared.resolved.config.train.lr
     if not weights.trained:
         return torch.optim.SGD([torch.zeros(0)], lr=lr)
-    optimizer = prepared.optimizer.build(weights.trained, lr, prepared.optimizer_settings)
+    plugin, more = prepared.optimizer, {}
+    if plugin.scope == "tensor_norm":
+        more["tensors"] = HeldTensors(weights, prepared.spec.kernels.sums_of_squares)
+    optimizer = plugin.build(weights.trained, lr, prepared.optimizer_settings, **more)
     tuning, layers = prepared.spec.tuning, prepared.spec.cfg.layers
     if tuning.layer_decay != 1.0:
         scales = {id(master): tuning.rate_scale(name, layers) for name, master in weights.trained.items()}

@@ -39,7 +39,7 @@ class AdamW(OptimizerPlugin):
         import torch
 
         return torch.optim.AdamW(
-            decay_groups(params, cfg),
+            decay_groups(params, cfg.weight_decay),
             lr=lr,
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.eps,
@@ -47,10 +47,10 @@ class AdamW(OptimizerPlugin):
         )
 
 
-def decay_groups(params: Mapping[str, torch.Tensor], cfg: AdamWConfig) -> list[dict[str, Any]]:
+def decay_groups(params: Mapping[str, torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: those that decay, and those that do not; empty ones are left out."""
     groups = [
-        {"params": [p for p in params.values() if p.dim() > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params.values() if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in params.values() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

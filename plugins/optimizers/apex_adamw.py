@@ -31,7 +31,7 @@ class ApexAdamW(OptimizerPlugin):
         if why is not None:
             raise PluginError(f'optimizer "apex_adamw": {why}; "adamw" is torch\'s own')
         optimizer: torch.optim.Optimizer = counted(importlib.import_module("apex.optimizers").FusedAdam)(
-            decay_groups(params, cfg), lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adam_w_mode=True
+            decay_groups(params, cfg.weight_decay), lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adam_w_mode=True
         )
         return optimizer
 

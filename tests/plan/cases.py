@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megalm.plan.comm import AlikeRanks, Planner
+from megalm.plan.optimizer import PlannedOptimizer
 from megalm.plan.recording import Grid
 from megalm.train.prepare import Prepared
 
@@ -20,7 +21,8 @@ CPU = torch.device("cpu")
 def planner_of(prepared: Prepared, grid: Grid) -> Planner:
     teacher = None if prepared.teacher is None else prepared.teacher.spec
     train = prepared.resolved.config.train
-    return Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial, teacher)
+    optimizer = PlannedOptimizer(prepared.optimizer, prepared.optimizer_settings)
+    return Planner(prepared.spec, prepared.pipeline, grid, train.precision, train.adversarial, teacher, optimizer)
 
 
 def plan_of(prepared: Prepared, grid: Grid) -> list[AlikeRanks]:

@@ -66,6 +66,8 @@ NAMED = [
     Case("gpt2", Grid(2, 1, True), ("finetune.method=adapter", "finetune.adapter_size=5", "model.layers=2")),
     Case("bert", Grid(2, 1, True), ("finetune.method=frozen", "finetune.frozen_layers=1", "model.layers=3")),
     Case("bert", Grid(2, 2), ("finetune.method=frozen", ACCUMULATE)),
+    Case("llama", Grid(4, 2, True), ("train.optimizer=lamb", "model.kv_heads=3", "train.micro_batch=4")),
+    Case("gpt2", Grid(2, 1), ("train.optimizer=lamb", "finetune.method=lora", "model.layers=2"), pp=2),
     Case("bert", Grid(2, 2, True), (FGM, ACCUMULATE)),
     Case("bert", Grid(2, 1, True), (FREELB, "train.micro_batch=4", "train.recompute=full")),
     Case("gpt2", Grid(2, 1, True), (LARGEST, "train.precision=bfloat16", ACCUMULATE)),
@@ -104,6 +106,7 @@ def drawn(seed: int) -> Case:
         f"train.precision={draw.choice(['float32', 'float64', 'bfloat16'])}",
         f"train.recompute={draw.choice(['none', 'full'])}",
         f"model.dropout={draw.choice([0, 0.1])}",
+        f"train.optimizer={draw.choice(['adamw', 'lamb', 'lion', 'sgd'])}",
     ]
     if model == "bert":
         overrides.append(f"train.objective={draw.choice(['mlm', 'nsp', 'mlm+nsp'])}")

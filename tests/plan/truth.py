@@ -27,6 +27,7 @@ from megalm.parallel.sim import SimulatedWorld
 from megalm.parallel.sim.trace import Record
 from megalm.train.feed import Rows, TrainFeed
 from megalm.train.prepare import Prepared
+from megalm.train.rates import make_optimizer
 from megalm.train.step import evaluate, forward_backward
 
 Key = tuple[int, str, str, str]
@@ -37,6 +38,7 @@ PARTS = ("embedding", "attention", "mlp")
 AFTER = {
     "sum overlaps": "rows that ranks share",
     "gradient norm": "gradient norm",
+    "norms of tensors": "norms of tensors",
     "perturbation": "sizes of perturbations",
 }
 GRADIENTS = {
@@ -210,6 +212,7 @@ def simulated_step(prepared: Prepared, *, tp: int, pp: int, dp: int, sp: bool) -
         )
         finish_gradients(weights)
         global_norm(weights)
+        make_optimizer(prepared, weights).step()
 
     posted: list[tuple[Key, int]] = []
     world = SimulatedWorld(tp=tp, pp=pp, dp=dp, sp=sp)
